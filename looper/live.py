@@ -1,0 +1,50 @@
+"""Training metrics while they happen: DVCLive files that `dvc plots` and the report draw."""
+
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+
+class LiveMetrics(TrainerCallback):
+    """Writes every number that the trainer logs to `folder`, with the training tokens per second since the last log.
+
+    After a resume the folder starts with what the checkpoint's history holds, so the curves have no gap.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.live = None
+        self.since: tuple[float, float] | None = None  # (time, tokens) at the last log
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        from dvclive import Live
+
+        if not state.is_world_process_zero:
+            return
+        # dvcyaml=False: dvc.yaml is written by hand; save_dvc_exp=False: the pipeline tracks, not the logger
+        self.live = Live(str(self.folder), save_dvc_exp=False, dvcyaml=False)
+        for entry in state.log_history:
+            self._write(entry, entry["step"])
+        self.since = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.live is None:
+            return
+        now, tokens = time.perf_counter(), logs.get("num_tokens")
+        if tokens is not None:
+            if self.since:
+                logs["tokens_per_second"] = (tokens - self.since[1]) / (now - self.since[0])
+            self.since = now, tokens
+        self._write(logs, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.live is not None:
+            self.live.end()
+
+    def _write(self, logs: dict, step: int) -> None:
+        self.live.step = step
+        for name, value in logs.items():
+            if name not in ("step", "epoch", "num_tokens") and not name.startswith(("train_", "total_")):
+                self.live.log_metric(name, value)
+        self.live.make_summary()

@@ -1,0 +1,207 @@
+"""`params.yaml` as a typed, frozen model. Every error at once, each with its path; nothing is loaded before it holds.
+
+`python -m looper.params` checks the file and prints nothing when it is right.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from looper.ppo_settings import PPOSettings
+from regime_w.settings import ScoreSettings
+
+PARAMS = Path("params.yaml")
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a commit, not a branch")]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are of their type, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class HubBase(Section):
+    source: Literal["hub"]
+    repo: str
+    revision: Revision
+    licence: str
+
+
+class WheelBase(Section):
+    source: Literal["wheel"]
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    file: str = Field(pattern=r"\.gguf$")
+    sha256: Sha256
+    licence: str
+
+
+class GgufBase(Section):
+    source: Literal["gguf"]
+    path: str = Field(pattern=r"\.gguf$")
+    sha256: Sha256
+    licence: str
+
+
+class FolderBase(Section):
+    source: Literal["folder"]
+    path: str
+    licence: str
+
+
+class Model(Section):
+    """How every stage loads `models/base`."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["bfloat16", "float32"]
+    quantization: Literal["none", "nf4"]
+    template: Literal["chatml", "qwen", "deepseek_r1"]
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Model":
+        if self.quantization == "nf4" and self.dtype != "bfloat16":
+            raise ValueError("quantization nf4 computes in bfloat16: set dtype to bfloat16, or quantization to none")
+        return self
+
+
+class HubData(Section):
+    source: Literal["hub"]
+    repo: str
+    config: str
+    revision: Revision
+    dev_share: Share
+    seed: int
+
+
+class PathData(Section):
+    source: Literal["path"]
+    path: str
+    train_sha256: Sha256 | None
+    test_sha256: Sha256 | None
+    dev_share: Share
+    seed: int
+
+
+class SampleData(Section):
+    source: Literal["sample"]
+    train: Positive
+    dev: Positive
+    test: Positive
+    seed: int
+
+
+class Lora(Section):
+    r: Positive
+    alpha: Positive
+    dropout: Share
+
+
+class Sft(Section):
+    lora: Lora
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_size: Positive
+    micro_batch: Positive
+    warmup_share: Share
+    max_tokens: Positive
+    max_grad_norm: float = Field(gt=0)
+    loss_on: Literal["completion", "full"]
+    gradient_checkpointing: bool
+    save_steps: Positive
+    seed: int
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Sft":
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class DevEval(Section):
+    questions: Positive
+
+
+class Rollouts(Section):
+    questions: Positive
+    max_new_tokens: Positive
+    batch_size: Positive
+    seed: int
+
+
+class Eval(Section):
+    max_new_tokens: Positive
+    batch_size: Positive
+
+
+class Params(Section):
+    base: Annotated[HubBase | WheelBase | GgufBase | FolderBase, Field(discriminator="source")]
+    model: Model
+    prepare: Annotated[HubData | PathData | SampleData, Field(discriminator="source")]
+    sft: Sft
+    dev_eval: DevEval
+    rollouts: Rollouts
+    score: ScoreSettings
+    ppo: PPOSettings
+    eval: Eval
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Reads and checks the whole file.
+
+    Raises ValueError whose text holds every error, one a line: `section.key: what is wrong, found …`.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is not here; run from the repository's root, or write it: python -m looper.profile sample")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML; mend it: {error}") from None
+    return check(content, str(path))
+
+
+def check(content: object, where: str) -> Params:
+    """The typed params of a parsed file; `where` names it in errors. Raises as `load_params` does."""
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {_path(each['loc'])}: {_text(each)}" for each in error.errors()]
+        raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    # pydantic puts the chosen source of a union behind its section: params.yaml has no such key
+    keys = [str(key) for i, key in enumerate(location) if not (i == 1 and location[0] in ("base", "prepare"))]
+    return ".".join(keys) or "the file"
+
+
+def _text(error: dict) -> str:
+    kind, found = error["type"], error["input"]
+    text = {
+        "extra_forbidden": "unknown key; remove it or mend its name",
+        "missing": "is missing; add it",
+    }.get(kind, f"{error['msg'].removeprefix('Value error, ')}, found {found!r}")
+    if isinstance(found, str) and kind == "float_type" and _is_number(found):
+        text += f" (YAML 1.1 reads {found} as text: write it with a dot, as in {float(found):.1e})"
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    try:
+        load_params()
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,60 @@
+"""Where a stage keeps what it may need after a kill: an untracked folder named by a hash of the stage's inputs.
+
+DVC deletes a stage's outputs before it runs the stage, so checkpoints and finished chunks cannot live there.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from looper.base_model import MANIFEST
+from looper.adapters import CARD
+from looper.files import sha256
+
+SCRATCH = Path(".scratch")
+
+
+@contextmanager
+def scratch(stage: str) -> Iterator[Path]:
+    """The scratch folder of `stage` (a name in dvc.yaml, such as "sft" or "eval@ppo").
+
+    It is kept when the block ends with an error and removed when the stage is done. The same inputs give the same folder;
+    folders of this stage for other inputs are removed at the start: nobody will go on with them.
+    """
+    folder = SCRATCH / f"{stage}-{inputs_hash(stage)}"
+    for other in SCRATCH.glob(f"{stage}-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def inputs_hash(stage: str) -> str:
+    """A short hash over what dvc.yaml names as the stage's inputs: its dependencies' bytes and its sections of params.yaml.
+
+    A model folder counts by its manifest or card, which holds the hashes of the weights.
+    """
+    name, _, item = stage.partition("@")
+    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    deps = entry["do"]["deps"] if item else entry["deps"]
+    params = entry["do"]["params"] if item else entry["params"]
+    if item:
+        deps = [dep.replace("${item.model}", entry["foreach"][item]["model"]) for dep in deps]
+    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    total = hashlib.sha256(stage.encode())
+    for dep in map(Path, deps):
+        total.update(f"{dep} {sha256(_identity(dep))}\n".encode())
+    for section in params:
+        total.update(f"{section} {values[section]!r}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _identity(dep: Path) -> Path:
+    if not dep.is_dir():
+        return dep
+    return next(path for path in (dep / CARD, dep / MANIFEST) if path.exists())

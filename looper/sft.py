@@ -1,0 +1,81 @@
+"""Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from looper.live import LiveMetrics
+from looper.params import Sft
+from looper.prompts import Template, training_ids
+
+
+def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,
+             scratch: Path, live: Path) -> tuple[Any, dict[str, Any]]:
+    """Trains a new adapter on `rows`; returns (the PeftModel, metrics).
+
+    scratch: the folder of checkpoints; training goes on from the last one there. live: the folder of live metrics.
+    Raises ValueError for a row longer than sft.max_tokens: cutting it would cut the answer off.
+    """
+    dataset = tokenize(tokenizer, template, rows, sft.max_tokens)
+    on_gpu = model.device.type == "cuda"
+    steps = max(1, round(sft.epochs * len(dataset) / sft.batch_size))
+    arguments = SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=sft.micro_batch,
+        gradient_accumulation_steps=sft.batch_size // sft.micro_batch,
+        num_train_epochs=sft.epochs,
+        learning_rate=sft.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(sft.warmup_share * steps),
+        max_grad_norm=sft.max_grad_norm,
+        optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
+        bf16=model.dtype.itemsize == 2 or model.is_quantized,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        completion_only_loss=sft.loss_on == "completion",
+        max_length=None,
+        logging_steps=max(1, steps // 100),
+        save_steps=sft.save_steps,
+        save_total_limit=1,
+        seed=sft.seed,
+        data_seed=sft.seed,
+        report_to="none",
+        dataloader_pin_memory=on_gpu,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=sft.lora.r, lora_alpha=sft.lora.alpha, lora_dropout=sft.lora.dropout,
+                      target_modules="all-linear")
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
+                         callbacks=[LiveMetrics(live)])
+    # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
+    # fused kernels stay in use, and bfloat16 gradients stay finite.
+    hook = trainer.model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)))
+    hook.remove()
+    return trainer.model, _metrics(trainer, result.training_loss, dataset)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], max_tokens: int) -> Dataset:
+    """A dataset of input_ids and completion_mask. Raises ValueError for a row of more than `max_tokens` tokens."""
+    encoded = [training_ids(tokenizer, template, row) for row in rows]
+    for row, (ids, _) in zip(rows, encoded, strict=True):
+        if len(ids) > max_tokens:
+            raise ValueError(f"{row['id']} is {len(ids)} tokens, sft.max_tokens is {max_tokens}; raise sft.max_tokens")
+    return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
+
+
+def _without_mask(module, args, kwargs):
+    return args, {**kwargs, "attention_mask": None}
+
+
+def _metrics(trainer: SFTTrainer, loss: float, dataset: Dataset) -> dict[str, Any]:
+    """Nothing that a clock decides, so that equal runs give equal files."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tenth = max(1, len(losses) // 10)
+    return {"loss": {"mean": round(loss, 6), "first_tenth": round(sum(losses[:tenth]) / tenth, 6),
+                     "last_tenth": round(sum(losses[-tenth:]) / tenth, 6)},
+            "steps": trainer.state.global_step, "rows": len(dataset), "tokens": sum(map(len, dataset["input_ids"]))}

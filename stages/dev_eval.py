@@ -1,0 +1,40 @@
+"""Stage dev_eval: Base and SFT on the first dev questions, before the expensive stages.
+
+Reads models/base, models/sft_lora, data/dev.jsonl and the sections `model`, `eval` and `dev_eval`. Writes metrics/dev.json.
+"""
+
+from pathlib import Path
+
+from looper.params import load_params
+from looper.stage import run
+
+BASE, ADAPTER = Path("models/base"), Path("models/sft_lora")
+
+
+def main() -> None:
+    params = load_params()
+    from looper.adapters import load_for_generation
+    from looper.base_model import load_tokenizer
+    from looper.evaluation import evaluation_metrics
+    from looper.files import write_json
+    from looper.jsonl import read_jsonl
+    from looper.predictions import predict
+    from looper.prompts import ROW, TEMPLATES
+    from looper.scratch import scratch
+
+    rows = read_jsonl(Path("data/dev.jsonl"), ROW)[:params.dev_eval.questions]
+    tokenizer, template = load_tokenizer(BASE), TEMPLATES[params.model.template]
+    metrics = {}
+    with scratch("dev_eval") as folder:
+        for name, adapter in (("base", None), ("sft", ADAPTER)):
+            model = load_for_generation(BASE, adapter, params.model)
+            metrics[name] = evaluation_metrics(
+                predict(model, tokenizer, template, rows, params.eval, folder / name, f"dev {name}"))
+            del model  # its memory, before the next one is loaded
+        write_json(Path("metrics/dev.json"), metrics)
+    for name, each in metrics.items():
+        print(f"dev accuracy of {name}: {each['accuracy']['value']:.1%}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
