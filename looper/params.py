@@ -3,6 +3,7 @@
 `python -m looper.params` checks the file and prints nothing when it is right.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -168,7 +169,8 @@ def load_params(path: Path = PARAMS) -> Params:
 def check(content: object, where: str) -> Params:
     """The typed params of a parsed file; `where` names it in errors. Raises as `load_params` does."""
     try:
-        return Params.model_validate(content)
+        # As JSON, where strict pydantic still reads an object into a dataclass (the settings of regime_w know no pydantic)
+        return Params.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         lines = [f"  {_path(each['loc'])}: {_text(each)}" for each in error.errors()]
         raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
@@ -184,6 +186,7 @@ def _text(error: dict) -> str:
     kind, found = error["type"], error["input"]
     text = {
         "extra_forbidden": "unknown key; remove it or mend its name",
+        "unexpected_keyword_argument": "unknown key; remove it or mend its name",
         "missing": "is missing; add it",
     }.get(kind, f"{error['msg'].removeprefix('Value error, ')}, found {found!r}")
     if isinstance(found, str) and kind == "float_type" and _is_number(found):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-# How pydantic reads these dataclasses as a section of params.yaml: unknown keys are errors, numbers may be written freely.
-_PYDANTIC = {"extra": "forbid"}
+# How pydantic reads these dataclasses as a section of params.yaml: unknown keys and other types are errors.
+_PYDANTIC = {"extra": "forbid", "strict": True}
 
 
 def _require(holds: bool, text: str) -> None:
