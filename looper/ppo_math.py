@@ -1,8 +1,8 @@
 """The mathematics of PPO on stored rollouts, as pure functions over tensors.
 
 Shapes: B samples of up to T response tokens, padded at the right; N tokens in all; hidden size D; vocabulary V.
-`mask` [B, T] is true at response tokens. Log-probabilities, KL and entropy are in nats. Results are zero where the mask is
-false. Position t of every [B, T] tensor belongs to response token t and to the state before it was written.
+`mask` [B, T] is true at response tokens. Log-probabilities, KL and entropy are in nats. Results are zero where the mask
+is false. Position t of every [B, T] tensor belongs to response token t and to the state before it was written.
 """
 
 from typing import Literal, NamedTuple
@@ -71,7 +71,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """values [B, T] → the same with mean 0 and variance 1 (unbiased) over the mask; zeros where there is no variance."""
+    """values [B, T] → the same with mean 0, variance 1 (unbiased) over the mask; zeros where there is no variance."""
     centred = (values - masked_mean(values, mask)) * mask
     variance = (centred**2).sum() / (mask.sum() - 1).clamp(min=1)
     return centred * torch.rsqrt(variance + EPSILON)
@@ -83,8 +83,9 @@ def scale_to_unit(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1", "k3"]) -> Tensor:
-    """Estimate of KL(π‖π_ref) at each token, both [B, T], from tokens that π wrote (http://joschu.net/blog/kl-approx.html).
+    """Estimate of KL(π‖π_ref) at each token, both [B, T], from tokens that π wrote.
 
+    http://joschu.net/blog/kl-approx.html:
     k1 = log π − log π_ref: unbiased, signed. k3 = π_ref/π − 1 − log(π_ref/π): unbiased, never negative.
     """
     log_ratio = ref_logprobs - logprobs
@@ -104,7 +105,7 @@ def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tens
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016): rewards, values, mask [B, T] → advantages, returns [B, T].
+    """Generalised advantage estimation (Schulman et al. 2016): rewards, values, mask → advantages, returns, all [B, T].
 
     δ_t = r_t + γ·V_{t+1} − V_t, A_t = Σ_k (γλ)^k·δ_{t+k}, returns = A + V. The value after the last token is 0.
     The sum is one product with a triangular matrix of powers, not T small steps.
@@ -112,7 +113,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     values = values * mask
     deltas = (rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values) * mask
     steps = torch.arange(rewards.shape[1], device=rewards.device)
-    powers = torch.full((), gamma * lam, dtype=deltas.dtype, device=deltas.device) ** (steps[:, None] - steps).clamp(min=0)
+    decay = torch.full((), gamma * lam, dtype=deltas.dtype, device=deltas.device)
+    powers = decay ** (steps[:, None] - steps).clamp(min=0)
     advantages = (deltas @ torch.tril(powers)) * mask
     return advantages, advantages + values
 
@@ -123,11 +125,12 @@ class PolicyLoss(NamedTuple):
     approx_kl: Tensor  # scalar: KL(π_old‖π) a token, estimator k3
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float,
-                weights: Tensor | None = None) -> PolicyLoss:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
+                clip_high: float, weights: Tensor | None = None) -> PolicyLoss:
     """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated, mean over the mask's tokens. All [B, T].
 
-    max(−A·r, −A·clip(r, 1 − clip_low, 1 + clip_high)) with r = π/π_old; `weights`, where given, multiply each token's term.
+    max(−A·r, −A·clip(r, 1 − clip_low, 1 + clip_high)) with r = π/π_old; `weights`, where given, multiply each token's
+    term.
     """
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = log_ratio.exp()
@@ -164,9 +167,9 @@ def importance_weights(logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tenso
 
 
 def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
-    """(Σw)² / (n·Σw²) over the mask's n tokens → scalar in (0, 1]: the share of the data that the weights leave (Kish)."""
+    """(Σw)² / (n·Σw²) over the mask's n tokens → scalar in (0, 1]: the share of the data that counts (Kish)."""
     weights = weights * mask
-    return weights.sum() ** 2 / (mask.sum() * (weights**2).sum())
+    return weights.sum() ** 2 / (mask.sum() * (weights**2).sum()).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The settings of offline PPO: `params.yaml`'s section `ppo`. Standard library only, so that reading params stays fast."""
+"""The settings of offline PPO: `params.yaml`'s section `ppo`. Standard library only: reading params stays fast."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,7 +18,7 @@ class KLSettings:
 
     initial: the first β, the penalty's weight.
     target: the KL that the controller steers to, and that `stop_multiple` multiplies.
-    horizon: samples over which β can change by e; β ← β·(1 + e·n/horizon), n samples a batch, |e| ≤ 0.2. Null holds β fixed.
+    horizon: samples over which β can change by e: β ← β·(1 + e·n/horizon), n samples a batch, |e| ≤ 0.2; null holds β.
     estimator: of the penalty in the reward, k1 = log π_old − log π_ref, or k3.
     stop_multiple: training stops when the KL exceeds this multiple of the target; null never stops.
     """
@@ -78,12 +78,12 @@ class PPOSettings:
     __pydantic_config__ = _PYDANTIC
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "epochs", "max_grad_norm", "clip_high",
-                     "value_clip", "importance_cap", "save_steps"):
+        for name in ("learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "epochs", "max_grad_norm",
+                     "clip_high", "value_clip", "importance_cap", "save_steps"):
             _require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
         _require(self.batch_size % self.mini_batch_size == 0,
                  f"batch_size {self.batch_size} must be a multiple of mini_batch_size {self.mini_batch_size}")
-        _require(0 < self.clip_low < 1, f"clip_low must lie between 0 and 1 (the ratio is positive), found {self.clip_low}")
+        _require(0 < self.clip_low < 1, f"clip_low must lie between 0 and 1 (a ratio is positive), found {self.clip_low}")
         _require(self.value_coef >= 0, f"value_coef must be 0 or more, found {self.value_coef}")
         for name in ("gamma", "lam"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")

@@ -1,0 +1,248 @@
+"""Offline PPO on `transformers.Trainer`: one Trainer step is one mini-batch, so that clipping of the gradient, logging,
+checkpoints and resume are the Trainer's own. docs/metrics.md defines what is logged."""
+
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from looper import ppo_math
+from looper.files import read_json, replacing, write_json
+from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
+from looper.ppo_policy import PolicyWithValue
+from looper.ppo_settings import PPOSettings
+
+VALUE_HEAD = "value_head.safetensors"
+PPO_STATE = "ppo_state.json"
+
+
+class NonFiniteError(ValueError):
+    """A loss, gradient or log-probability became infinite or not a number; the policy was not updated with it."""
+
+
+class Batch(NamedTuple):
+    """A PPO batch as its update sees it, all [B, T] and fixed until the next batch starts."""
+
+    mask: Tensor
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    weights: Tensor
+
+
+class OfflinePPOTrainer(Trainer):
+    """PPO over stored responses. The policy must be the reference, the SFT policy, when this is made.
+
+    folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.
+    """
+
+    def __init__(self, model: PolicyWithValue, samples: Sequence[PPOSample], settings: PPOSettings, folder: Path,
+                 callbacks: Sequence[TrainerCallback] = ()) -> None:
+        device = model.value_head.weight.device
+        arguments = TrainingArguments(
+            output_dir=str(folder / "checkpoints"), per_device_train_batch_size=1, num_train_epochs=1,
+            learning_rate=settings.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch",
+            max_grad_norm=settings.max_grad_norm, train_sampling_strategy="sequential", logging_strategy="no",
+            save_strategy="no", save_total_limit=1, logging_nan_inf_filter=False, remove_unused_columns=False,
+            report_to="none", seed=settings.seed, use_cpu=device.type == "cpu", dataloader_pin_memory=False)
+        if arguments.world_size > 1:
+            raise ValueError(f"ppo: started as {arguments.world_size} processes, it runs in one: leave out torchrun")
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in sight must not turn into DataParallel
+        self.samples, self.settings, self.folder = samples, settings, folder
+        self.plan = plan_steps(len(samples), settings)
+        self.kl = ppo_math.AdaptiveKLController(settings.kl.initial, settings.kl.target, settings.kl.horizon)
+        self.stopped_early = False
+        self.batch: Batch | None = None
+        self._sums: dict[str, list[float]] = defaultdict(list)
+        # A dataset of step numbers: what a step trains on stands in the plan
+        super().__init__(model=model, args=arguments, train_dataset=[{"step": i} for i in range(len(self.plan))],
+                         data_collator=lambda steps: steps[0], callbacks=[_BatchEnds(self), *callbacks])
+        self.reference = self._reference_logprobs()
+
+    # ---- before training: the reference ----
+
+    def _reference_logprobs(self) -> list[Tensor]:
+        """The reference's log-probabilities of every sample, computed once and cached in the folder."""
+        path = self.folder / "reference.safetensors"
+        digest = hashlib.sha256(repr([(s.id, list(s.prompt_ids), list(s.response_ids)) for s in self.samples]).encode())
+        key = f"logprobs_{digest.hexdigest()}"
+        if path.exists() and key in (cached := load_file(path)):
+            return list(cached[key].split([len(sample.response_ids) for sample in self.samples]))
+        found: dict[int, Tensor] = {}
+        # The groups in which the first pass takes the samples: its first KL is then exactly 0
+        for step in self.plan:
+            if step.first and step.batch[0] not in found:
+                logprobs, _ = self._evaluate_batch(step.batch)
+                for i, row in zip(step.batch, logprobs, strict=True):
+                    found[i] = row[:len(self.samples[i].response_ids)].cpu()
+        reference = [found[i] for i in range(len(self.samples))]
+        with replacing(path) as temporary:
+            save_file({key: torch.cat(reference)}, temporary)
+        return reference
+
+    @torch.no_grad()
+    def _evaluate_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values of a PPO batch's samples under the present policy, each [B, T]."""
+        logprobs, values = [], []
+        for rows in mini_batches(indices, self.settings):
+            tokens = collate([self.samples[i] for i in rows], self.args.device)
+            row_logprobs, row_values, _ = self.model(tokens)
+            logprobs += list(row_logprobs)
+            values += list(row_values)
+            if not row_logprobs.isfinite().all():
+                raise self._non_finite("log-probability", rows)
+        longest = max(len(self.samples[i].response_ids) for i in indices)
+        return tuple(torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+                     for rows in (logprobs, values))
+
+    # ---- one PPO batch ----
+
+    def _start_batch(self, step: Step) -> Batch:
+        """π_old, the penalised rewards and the advantages of a batch, under the policy as it is now."""
+        settings, device = self.settings, self.args.device
+        samples = [self.samples[i] for i in step.batch]
+        mask = collate(samples, device).mask
+        old_logprobs, old_values = self._evaluate_batch(step.batch)
+        reference = padded([self.reference[i] for i in step.batch], torch.float32).to(device)
+        behaviour = padded([sample.behaviour_logprobs for sample in samples], torch.float32).to(device)
+        penalty = ppo_math.kl_estimate(old_logprobs, reference, settings.kl.estimator)
+        if settings.credit == "question":
+            scores = torch.tensor([sample.reward for sample in samples], device=device)
+            rewards = ppo_math.token_rewards(penalty, scores, mask, self.kl.beta)
+            advantages, returns = ppo_math.gae(rewards, old_values, mask, settings.gamma, settings.lam)
+            advantages = ppo_math.whiten(advantages, mask)
+        else:
+            # The leave-one-out advantage has its baseline already: no critic, and no shift that could turn its sign
+            rewards = ppo_math.token_rewards(penalty, torch.zeros(len(samples), device=device), mask, self.kl.beta)
+            returns = torch.zeros_like(rewards)
+            penalties, _ = ppo_math.gae(rewards, returns, mask, settings.gamma, settings.lam)
+            scores = torch.tensor([sample.advantage for sample in samples], device=device)
+            advantages = ppo_math.scale_to_unit((scores[:, None] + penalties) * mask, mask)
+        weights = ppo_math.importance_weights(old_logprobs, behaviour, mask, settings.importance_cap)
+        # Drift is measured from the reference's side, KL(π_ref‖π_old): the responses were drawn near the reference, so
+        # that this estimate is sound and never negative. log π_old − log π_ref falls below 0 as bad ones are unlearnt.
+        drift = ppo_math.kl_estimate(reference, old_logprobs, "k3").sum(1).mean().item()
+        self._log_batch(samples, drift, (old_logprobs - reference).sum(1).mean().item(), weights, mask)
+        if settings.credit == "question":
+            self._add(explained_variance=ppo_math.explained_variance(old_values, returns, mask).item())
+        limit = settings.kl.stop_multiple
+        self.stopped_early = limit is not None and drift > limit * settings.kl.target
+        return Batch(mask, old_logprobs, old_values, advantages, returns, weights)
+
+    def training_step(self, model: PolicyWithValue, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = self.plan[inputs["step"]]
+        if step.first:
+            self._batch_started = time.perf_counter()
+            self.batch = self._start_batch(step)
+        if self.stopped_early:  # nothing has a gradient, so the Trainer's optimiser step does nothing
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            raise self._non_finite("gradient", [step.batch[row] for row in step.rows])
+        self._add(grad_norm=norm.item())
+        if step.last:
+            self.kl.update(self._sums["kl"][-1], len(step.batch))
+            seconds = time.perf_counter() - self._batch_started
+            self._add(tokens_per_second=self._trained_tokens(step) / seconds)
+        return loss
+
+    def compute_loss(self, model: PolicyWithValue, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Tensor:
+        """The loss of one mini-batch: the clipped surrogate, plus the weighted value loss under question credit."""
+        step, settings = self.plan[inputs["step"]], self.settings
+        indices = [step.batch[row] for row in step.rows]
+        tokens = collate([self.samples[i] for i in indices], self.args.device)
+        width = tokens.mask.shape[1]
+        batch = Batch(*(tensor[list(step.rows), :width] for tensor in self.batch))
+        logprobs, values, entropies = model(tokens)
+        weights = batch.weights if settings.off_policy == "truncated_is" else None
+        policy = ppo_math.policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low,
+                                      settings.clip_high, weights)
+        loss = policy.loss
+        self._add(policy_loss=policy.loss.item(), clip_fraction=policy.clip_fraction.item(),
+                  approx_kl=policy.approx_kl.item(), entropy=ppo_math.masked_mean(entropies, batch.mask).item())
+        if settings.credit == "question":
+            value = ppo_math.value_loss(values, batch.old_values, batch.returns, batch.mask, settings.value_clip)
+            loss = loss + settings.value_coef * value.loss
+            self._add(value_loss=value.loss.item(), value_clip_fraction=value.clip_fraction.item())
+        if not loss.isfinite():
+            raise self._non_finite("loss", indices)
+        return loss
+
+    def _non_finite(self, what: str, indices: Sequence[int]) -> NonFiniteError:
+        names = ", ".join(self.samples[i].id for i in indices)
+        return NonFiniteError(
+            f"ppo: the {what} of optimiser step {self.state.global_step + 1} is not finite; the samples were {names}. "
+            "The policy was not updated with it, and the last checkpoint is kept. Look at these rows of the scored "
+            "rollouts; lower ppo.learning_rate or ppo.max_grad_norm, or set model.dtype to float32, and run again")
+
+    # ---- metrics ----
+
+    def _add(self, **metrics: float) -> None:
+        for name, value in metrics.items():
+            self._sums[name].append(value)
+
+    def _log_batch(self, samples: Sequence[PPOSample], kl: float, kl_k1: float, weights: Tensor, mask: Tensor) -> None:
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        self._add(reward=mean([sample.reward for sample in samples]), kl=kl, kl_k1=kl_k1, beta=self.kl.beta,
+                  **{name: mean([sample.components[name] for sample in samples]) for name in COMPONENTS},
+                  ess=ppo_math.effective_sample_size(weights, mask).item(),
+                  response_tokens=mean([len(sample.response_ids) for sample in samples]))
+
+    def _trained_tokens(self, step: Step) -> int:
+        batch = [self.samples[i] for i in step.batch]
+        return self.settings.ppo_epochs * sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over a PPO batch's updates to what the Trainer logs at the batch's end."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.policy.save_pretrained(folder, save_embedding_layers=False)
+        save_file(self.model.value_head.state_dict(), folder / VALUE_HEAD)
+        write_json(folder / PPO_STATE, {"beta": self.kl.beta})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PolicyWithValue | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        set_peft_model_state_dict(self.model.policy, load_peft_weights(str(folder), device="cpu"))
+        self.model.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
+        self.kl.beta = read_json(folder / PPO_STATE)["beta"]
+
+
+class _BatchEnds(TrainerCallback):
+    """Logs at the end of each PPO batch, saves at the end of every `save_steps`-th, stops where the trainer says so.
+
+    Between batches there is no old policy to remember, so that a checkpoint needs none of the batch's tensors.
+    """
+
+    def __init__(self, trainer: OfflinePPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> Any:
+        step = self.trainer.plan[state.global_step - 1]
+        if self.trainer.stopped_early:
+            control.should_log = control.should_training_stop = True
+        elif step.last:
+            control.should_log = True
+            control.should_save = (step.number + 1) % self.trainer.settings.save_steps == 0
+        return control
