@@ -96,7 +96,7 @@ class SlotCache(Cache):
         values[slots, :, positions] = value[:, :, 0]
         return keys[: len(slots), :, :length], values[: len(slots), :, :length]
 
-    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copies the first `length` positions of slots to other slots, as if all at the same time."""
         for store in (*self.keys, *self.values):
             store[targets, :, :length] = store[sources, :, :length]
@@ -105,7 +105,7 @@ class SlotCache(Cache):
 class PrefillCache(Cache):
     """Stores a prefill pass's keys and values in the given slots; attention itself sees only the pass."""
 
-    def __init__(self, cache: SlotCache, slots: Sequence[int]):
+    def __init__(self, cache: SlotCache, slots: torch.Tensor):
         super().__init__(layers=[])
         self.cache, self.slots = cache, slots
 
@@ -198,7 +198,7 @@ class Decoder:
         self.graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+    def _tensor(self, values: Sequence) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)
 
     def start(self, rows: int, seed: int, sampling: bool) -> None:
@@ -245,7 +245,7 @@ class Decoder:
     def _copy(self, pairs: list[tuple[int, int]], length: int) -> None:
         pairs = [(source, target) for source, target in pairs if source != target]
         if pairs and length:
-            self.cache.copy([source for source, _ in pairs], [target for _, target in pairs], length)
+            self.cache.copy(*self._tensor(pairs).T, length)
 
     def _prefill(self, prompts: list[tuple[Sequence[int], int]]) -> None:
         """Right-padded passes under causal attention: what stands after a prompt's end cannot reach it."""
@@ -257,7 +257,7 @@ class Decoder:
             self.model.base_model(
                 input_ids=torch.tensor(ids, device=self.device),
                 position_ids=self.position_index[None, :width],
-                past_key_values=PrefillCache(self.cache, [slot for _, slot in taken]),
+                past_key_values=PrefillCache(self.cache, self._tensor([slot for _, slot in taken])),
                 use_cache=True,
             )
 

@@ -1,0 +1,419 @@
+"""The engine against transformers' own `generate`, full forward passes, and exact distributions, on tiny models."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from looper import generation
+from looper.decoding import Decoder, choose, draw
+from looper.generation import Completion, Request, generate, generate_in_chunks
+
+EOS = [7, 8, 9, 10, 11]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+
+
+def tiny_model(family="llama", **overrides):
+    """Random float32 weights, spread enough that greedy choices are no ties; 2 query heads a key-value head."""
+    config_class, model_class = FAMILIES[family]
+    settings = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return model_class(config_class(**settings | overrides)).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model()
+
+
+def make_prompts(lengths=(5, 1, 17, 2, 30, 9, 9, 3), vocabulary=300):
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(12, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [*prompts, prompts[0]]  # one prompt twice, as two arms have it
+
+
+def settings(**overrides):
+    return {"max_new_tokens": 40, "eos_token_ids": EOS, "batch_size": 4, "seed": 3} | overrides
+
+
+def reference_greedy(model, prompt, max_new_tokens, eos_token_ids):
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_ids or None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def teacher_forced(model, prompt, completion, temperature):
+    """Log-probabilities of a completion's tokens from one full float32 forward pass without a cache."""
+    ids = torch.tensor([prompt + completion.token_ids], device=model.device)
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    targets = torch.tensor(completion.token_ids, device=model.device)
+    return torch.log_softmax(logits / (temperature or 1.0), -1)[torch.arange(len(targets)), targets]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_tokens_equal_transformers_generate(model, batch_size):
+    prompts = make_prompts()
+    found = generate(model, prompts, temperatures=[0.0] * 9, **settings(batch_size=batch_size))
+    expected = [reference_greedy(model, prompt, 40, EOS) for prompt in prompts]
+    assert [completion.token_ids for completion in found] == expected
+    assert [completion.truncated for completion in found] == [tokens[-1] not in EOS for tokens in expected]
+    lengths = {len(tokens) for tokens in expected}
+    assert 40 in lengths and min(lengths) < 20, "the fixture should have truncated and early rows"
+
+
+def test_a_batch_of_sampled_and_greedy_rows_keeps_the_greedy_ones_greedy(model):
+    prompts = make_prompts()
+    temperatures = [0.0, 0.7, 0.0, 1.5, 0.0, 0.2, 1.0, 0.0, 1.0]
+    found = generate(model, prompts, temperatures=temperatures, **settings())
+    for prompt, temperature, completion in zip(prompts, temperatures, found):
+        is_greedy = completion.token_ids == reference_greedy(model, prompt, 40, EOS)
+        assert is_greedy == (temperature == 0)
+
+
+def test_logprobs_equal_a_full_forward_pass_at_each_rows_temperature(model):
+    prompts = make_prompts()
+    temperatures = [0.0, 0.7, 0.0, 1.5, 0.3, 0.2, 1.0, 2.0, 1.0]
+    for completion, prompt, temperature in zip(
+        generate(model, prompts, temperatures=temperatures, **settings()), prompts, temperatures
+    ):
+        expected = teacher_forced(model, prompt, completion, temperature)
+        assert len(completion.logprobs) == len(completion.token_ids)
+        tolerance = 1e-5 / min(temperature or 1.0, 1.0)  # a low temperature multiplies the logits' rounding
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=tolerance)
+
+
+def test_bfloat16_logprobs_are_near_a_full_forward_pass():
+    model = tiny_model(initializer_range=0.05).to(torch.bfloat16)
+    prompts = make_prompts()
+    for completion, prompt in zip(generate(model, prompts, temperatures=[1.0] * 9, **settings()), prompts):
+        expected = teacher_forced(model, prompt, completion, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-2)
+
+
+def test_each_row_is_sampled_from_its_own_temperatures_distribution():
+    model = tiny_model(vocab_size=12, initializer_range=0.2)
+    rows, temperatures = 4000, (0.3, 1.0, 2.5)
+    with torch.no_grad():
+        logits = model(torch.tensor([[5]])).logits[0, -1]
+    found = generate(
+        model,
+        [[5]] * rows * 3,
+        temperatures=[temperature for temperature in temperatures for _ in range(rows)],
+        **settings(max_new_tokens=1, eos_token_ids=[], batch_size=12000),
+    )
+    for index, temperature in enumerate(temperatures):
+        tokens = torch.tensor([completion.token_ids[0] for completion in found[index * rows : (index + 1) * rows]])
+        expected = torch.softmax(logits / temperature, -1) * rows
+        counts = torch.bincount(tokens, minlength=12)
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert chi_square < 24.7, (temperature, counts, expected)  # the 99% quantile of 11 degrees of freedom
+
+
+def test_draw_is_the_inverse_cdf_over_blocks_with_a_remainder():
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.rand(1000, generator=generator) ** 8
+    weights[torch.arange(0, 1000, 3)] = 0.0  # never to be drawn
+    weights[:300] = 0.0  # nor a whole block
+    probabilities = weights / weights.sum()
+    points = 50_000
+    uniforms = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    tokens = torch.cat([draw(probabilities.expand(len(part), -1), part) for part in uniforms.split(5000)])
+    assert (tokens.diff() >= 0).all()
+    counts = torch.bincount(tokens, minlength=1000)
+    assert (counts - probabilities * points).abs().max() <= 1.01
+    assert counts[weights == 0].sum() == 0
+
+
+def test_draw_at_the_ends_takes_tokens_of_positive_probability():
+    probabilities = torch.zeros(2, 600)
+    probabilities[:, 310] = 0.25
+    probabilities[:, 320] = 0.75
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probabilities, ends).tolist() == [310, 320]
+
+
+def test_choose_reports_the_logprob_of_the_scaled_distribution():
+    logits = torch.tensor([[0.0, 1.0, 3.0], [0.0, 1.0, 3.0]])
+    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.0], dtype=torch.float64))
+    assert tokens.tolist() == [2, 0]  # greedy; the first token at uniform 0
+    greedy = 3 - torch.tensor([0.0, 1.0, 3.0]).logsumexp(0)
+    sampled = 0 - torch.tensor([0.0, 2.0, 6.0]).logsumexp(0)
+    torch.testing.assert_close(logprobs, torch.stack([greedy, sampled]), rtol=0, atol=1e-6)
+
+
+def test_the_seed_alone_determines_the_samples(llama):
+    prompts, temperatures = make_prompts(), [1.0] * 9
+    torch.manual_seed(10)
+    first = generate(llama, prompts, temperatures=temperatures, **settings())
+    state = torch.get_rng_state()
+    torch.manual_seed(11)
+    assert generate(llama, prompts, temperatures=temperatures, **settings()) == first
+    torch.manual_seed(10)
+    assert torch.equal(torch.get_rng_state(), state), "the global random state was used"
+    assert generate(llama, prompts, temperatures=temperatures, **settings(seed=4)) != first
+    by_one = generate(llama, prompts, temperatures=temperatures, **settings(batch_size=1))
+    assert [completion.token_ids for completion in by_one] == [completion.token_ids for completion in first]
+    assert first[0].token_ids != first[8].token_ids, "the same prompt twice takes two samples"
+
+
+def test_one_new_token(llama):
+    prompts = make_prompts()
+    found = generate(llama, prompts, temperatures=[0.0] * 9, **settings(max_new_tokens=1))
+    assert [completion.token_ids for completion in found] == [reference_greedy(llama, p, 1, EOS) for p in prompts]
+
+
+def test_an_end_of_sequence_as_the_last_allowed_token_is_not_truncation(llama):
+    found = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
+    prompt, whole = next(pair for pair in zip(make_prompts(), found) if 1 < len(pair[1].token_ids) < 40)
+    length = len(whole.token_ids)
+    assert whole.token_ids[-1] in EOS and not whole.truncated
+    (exact,) = generate(llama, [prompt], temperatures=[0.0], **settings(max_new_tokens=length))
+    assert (exact.token_ids, exact.truncated) == (whole.token_ids, False)
+    (cut,) = generate(llama, [prompt], temperatures=[0.0], **settings(max_new_tokens=length - 1))
+    assert (cut.token_ids, cut.truncated) == (whole.token_ids[:-1], True)
+
+
+def test_without_end_of_sequence_tokens_every_row_runs_to_the_limit(llama):
+    found = generate(llama, make_prompts(), temperatures=[0.5] * 9, **settings(eos_token_ids=[]))
+    assert [(len(c.token_ids), c.truncated) for c in found] == [(40, True)] * 9
+
+
+def test_a_row_may_fill_the_context_window_to_the_last_token(llama):
+    prompt = make_prompts([216])[0]
+    (found,) = generate(llama, [prompt], temperatures=[0.0], **settings(eos_token_ids=[]))
+    assert found.token_ids == reference_greedy(llama, prompt, 40, [])
+
+
+def test_a_prompt_shared_by_arms_is_prefilled_once(llama):
+    shared, other = make_prompts()[2], make_prompts()[4]
+    passes = []
+    hook = llama.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        generate(llama, [shared, other] * 4, temperatures=[1.0] * 8, **settings(batch_size=3))
+    finally:
+        hook.remove()
+    assert sorted(shape for shape in passes if shape[1] > 1) == [(1, 16), (1, 29)]
+
+
+def test_no_prompts_no_completions(llama, tmp_path):
+    assert generate(llama, [], temperatures=[], **settings()) == []
+    assert generate_in_chunks(llama, [], tmp_path, chunk_size=2, **settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "temperatures", "overrides", "message"),
+    [
+        ([[5], []], [0.0, 0.0], {}, "prompt 1 is empty"),
+        ([[5] * 200], [0.0], {"max_new_tokens": 57}, "prompt 0 has 200 tokens and max_new_tokens is 57.*window of 256"),
+        ([[5], [6]], [1.0, -0.1], {}, "temperature -0.1 of prompt 1"),
+        ([[5]], [float("nan")], {}, "temperature nan of prompt 0"),
+        ([[5]], [1.0, 1.0], {}, "2 temperatures for 1 prompts"),
+        ([[5]], [1.0], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[5]], [1.0], {"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_bad_input_is_refused_with_its_place(llama, prompts, temperatures, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        generate(llama, prompts, temperatures=temperatures, **settings(**overrides))
+
+
+def test_the_model_is_left_as_it_was_even_after_an_error():
+    model = tiny_model().train()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    with pytest.raises(ValueError, match="logits for prompt 0 are not finite"):
+        generate(model, [[5, 6]], temperatures=[1.0], **settings())
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model(torch.tensor([[5, 6]])).logits.requires_grad
+
+
+def test_sliding_window_attention_is_refused_where_the_window_would_matter():
+    config = MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, sliding_window=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="window 16"):
+        generate(MistralForCausalLM(config), [[5] * 30], temperatures=[0.0], **settings())
+
+
+def make_requests():
+    return [Request(prompt, temperature) for prompt, temperature in zip(make_prompts(), [0.0, 1.0, 0.5] * 3)]
+
+
+def run_chunks(model, scratch, requests=None, **overrides):
+    return generate_in_chunks(model, requests or make_requests(), scratch, chunk_size=2, **settings(**overrides))
+
+
+@pytest.fixture
+def count_runs(monkeypatch):
+    """The number of requests in each chunk that is really generated, in order."""
+    sizes, run = [], generation._run
+
+    def counting(decoder, requests, *args):
+        sizes.append(len(requests))
+        return run(decoder, requests, *args)
+
+    monkeypatch.setattr(generation, "_run", counting)
+    return sizes
+
+
+def test_chunks_keep_the_order_and_hold_what_generate_gives(llama, tmp_path):
+    found = run_chunks(llama, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"chunk-{index:05}.jsonl" for index in range(5)]
+    greedy = [index for index, request in enumerate(make_requests()) if request.temperature == 0]
+    plain = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
+    assert [found[index].token_ids for index in greedy] == [plain[index].token_ids for index in greedy]
+    for request, completion in zip(make_requests(), found):
+        expected = teacher_forced(llama, request.prompt, completion, request.temperature)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-5)
+
+
+def test_after_a_kill_finished_chunks_stay_and_the_result_is_the_same(llama, tmp_path, monkeypatch, count_runs):
+    whole = run_chunks(llama, tmp_path / "uninterrupted")
+    assert count_runs == [2, 2, 2, 2, 1]
+    with monkeypatch.context() as patch:
+        step, calls = Decoder.step, []
+
+        def dying(*args):
+            calls.append(1)
+            if len(calls) == 90:
+                raise KeyboardInterrupt
+            step(*args)
+
+        patch.setattr(Decoder, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_chunks(llama, tmp_path / "killed")
+    kept = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert 0 < len(kept) < 5 and kept == [f"chunk-{index:05}.jsonl" for index in range(len(kept))]
+    count_runs.clear()
+    assert run_chunks(llama, tmp_path / "killed") == whole
+    assert count_runs == [2, 2, 2, 2, 1][len(kept) :]
+    count_runs.clear()
+    assert run_chunks(llama, tmp_path / "killed") == whole
+    assert count_runs == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "not JSON", "lost row"])
+def test_a_damaged_chunk_is_generated_again(llama, tmp_path, count_runs, damage):
+    whole = run_chunks(llama, tmp_path)
+    path = tmp_path / "chunk-00001.jsonl"
+    text = path.read_text()
+    damaged = {
+        "cut": text[:-20],
+        "empty": "",
+        "changed": text.replace('"truncated": true', '"truncated": false').replace("[1", "[2"),
+        "not JSON": "{" + text,
+        "lost row": "".join(text.splitlines(keepends=True)[:-1]),
+    }[damage]
+    assert damaged != text
+    path.write_text(damaged)
+    count_runs.clear()
+    assert run_chunks(llama, tmp_path) == whole
+    assert count_runs == [2] and path.read_text() == text
+
+
+def test_a_chunk_of_other_requests_or_settings_is_not_mistaken(llama, tmp_path, count_runs):
+    run_chunks(llama, tmp_path)
+    requests = make_requests()
+    requests[2] = Request(requests[2].prompt, 0.9)
+    count_runs.clear()
+    run_chunks(llama, tmp_path, requests)
+    assert count_runs == [2]
+    for overrides in ({"seed": 4}, {"max_new_tokens": 39}, {"eos_token_ids": [7]}, {"batch_size": 3}):
+        count_runs.clear()
+        run_chunks(llama, tmp_path, requests, **overrides)
+        assert count_runs == [2, 2, 2, 2, 1], overrides
+
+
+def test_chunk_files_are_jsonl_with_rounded_logprobs(llama, tmp_path):
+    found = run_chunks(llama, tmp_path)
+    header, *rows = map(json.loads, (tmp_path / "chunk-00000.jsonl").read_text().splitlines())
+    assert set(header) == {"requests_sha256", "body_sha256"}
+    assert [Completion(**row) for row in rows] == found[:2]
+    assert all(value == round(value, 6) for row in rows for value in row["logprobs"])
+
+
+def test_the_progress_bar_goes_on_from_finished_chunks(llama, tmp_path, capsys):
+    run_chunks(llama, tmp_path, progress="rollouts")
+    shown = capsys.readouterr().err
+    assert "rollouts: 100%" in shown and "9/9" in shown and "tokens/s" in shown
+    (tmp_path / "chunk-00004.jsonl").unlink()
+    run_chunks(llama, tmp_path, progress="rollouts")
+    shown = capsys.readouterr().err
+    assert "8/9" in shown and "9/9" in shown and "0/9" not in shown
+    run_chunks(llama, tmp_path, max_new_tokens=3)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
+    model = tiny_model(family).cuda()
+    prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4)
+    found = generate(model, prompts, temperatures=[0.0] * 33, **settings(max_new_tokens=100, batch_size=8))
+    assert [completion.token_ids for completion in found] == [reference_greedy(model, p, 100, EOS) for p in prompts]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_gpu_logprobs_equal_a_full_forward_pass(dtype, tolerance):
+    model = tiny_model(initializer_range=0.05, hidden_size=256, vocab_size=2000).to("cuda", dtype)
+    prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4, 2000)
+    temperatures = [0.0, 0.5, 1.0] * 11
+    found = generate(model, prompts, temperatures=temperatures, **settings(max_new_tokens=100, batch_size=8))
+    assert found == generate(model, prompts, temperatures=temperatures, **settings(max_new_tokens=100, batch_size=8))
+    for completion, prompt, temperature in zip(found, prompts, temperatures):
+        expected = teacher_forced(model, prompt, completion, temperature).cpu()
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_throughput_beats_generate_at_a_small_models_shape(capsys):
+    """SmolLM2-135M's shape, random bfloat16 weights, 256 rows of 128 tokens: the same work on both sides."""
+    model = tiny_model(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=2048, initializer_range=0.02,
+    ).to("cuda", torch.bfloat16)  # fmt: skip
+    prompts = make_prompts([100] * 255, 49152)
+    ids = torch.tensor(prompts, device="cuda")
+
+    def ours():
+        generate(model, prompts, temperatures=[0.5] * 256, **settings(max_new_tokens=128, eos_token_ids=[], batch_size=256))
+
+    def theirs():
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, min_new_tokens=128, max_new_tokens=128)
+
+    seconds = {}
+    for name, work in (("ours", ours), ("generate", theirs)):
+        work()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - begun
+    with capsys.disabled():
+        print({name: f"{256 * 128 / value:,.0f} tokens/s" for name, value in seconds.items()})
+    assert seconds["ours"] < seconds["generate"]
