@@ -1,0 +1,43 @@
+"""Regime W's components: how coherent a set of answers to one question is. Formulas: design.md, section 5.
+
+Plain functions over sequences with one entry an arm. Answers are canonical strings (`answers.extract_answer`) or None.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import compress
+
+from regime_w.settings import ScoreSettings
+
+
+def s_end(answers: Sequence[str | None]) -> float:
+    """Agreeing pairs / all pairs, in [0, 1]. A missing answer agrees with nothing; fewer than two arms: 0."""
+    pairs = len(answers) * (len(answers) - 1)
+    counts = Counter(answer for answer in answers if answer is not None)
+    return sum(count * (count - 1) for count in counts.values()) / pairs if pairs else 0.0
+
+
+def s_path(lengths: Sequence[int]) -> float:
+    """1 / (1 + CV²), CV the population coefficient of variation of the lengths in tokens; in [0, 1].
+
+    Said exactly: (Σℓ)² / (K·Σℓ²). 1 if all lengths are equal, 0 if no arm wrote anything (or there is none).
+    """
+    total = sum(lengths)
+    return total * total / (len(lengths) * sum(length * length for length in lengths)) if total else 0.0
+
+
+def s_path_within_style(lengths: Sequence[int], styles: Sequence[str]) -> float:
+    """The mean of `s_path` over the styles: differences between the styles, which are intended, cost nothing."""
+    names = sorted(set(styles))
+    parts = [s_path(list(compress(lengths, [style == name for style in styles]))) for name in names]
+    return sum(parts) / len(parts) if parts else 0.0
+
+
+def s_cf(answers: Sequence[str | None], gold: str) -> float:
+    """The share of arms whose answer to the counterfactual is its recomputed gold answer; 0 for no arms."""
+    return sum(answer == gold for answer in answers) / len(answers) if answers else 0.0
+
+
+def s_wm(end: float, path: float, cf: float, settings: ScoreSettings = ScoreSettings()) -> float:
+    """The weighted sum of the components; in [0, 1] if the weights sum to 1."""
+    return settings.weight_end * end + settings.weight_path * path + settings.weight_cf * cf

@@ -1,0 +1,55 @@
+"""The settings of scoring: `params.yaml`'s section `score`. Standard library only, so that reading params stays fast."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+CF = Literal["counterfactual", "placeholder", "chsh"]
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise ValueError(text)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Regime W's weights and choices; the defaults are the definition (design.md, section 5). Lengths are in tokens.
+
+    cf: where s_cf comes from; `cf_placeholder` is its value under `placeholder`, and for a question without counterfactual.
+    path_within_style: s_path as the mean over the styles, which are designed to differ in length.
+    weight_end, weight_path, weight_cf: of the components in s_wm.
+    reward_correct, reward_wrong: paid if any arm is right, and if none is (per arm: if that arm is right, and if not).
+    coherence_weight: of s_wm in the reward.
+    length_penalty, free_length: what each token beyond the free ones costs.
+    resamples, seed: draws of the bootstrap, of the permutation null and of the posteriors in the metrics.
+    """
+
+    cf: CF = "counterfactual"
+    cf_placeholder: float = 0.5
+    path_within_style: bool = False
+    weight_end: float = 0.4
+    weight_path: float = 0.3
+    weight_cf: float = 0.3
+    reward_correct: float = 1.0
+    reward_wrong: float = -0.5
+    coherence_weight: float = 0.7
+    length_penalty: float = 0.001
+    free_length: int = 400
+    resamples: int = 1000
+    seed: int = 0
+
+    __pydantic_config__ = {"extra": "forbid"}  # how pydantic reads this class: an unknown key is an error
+
+    def __post_init__(self) -> None:
+        _require(self.cf in get_args(CF), f"cf must be one of {', '.join(get_args(CF))}, found {self.cf!r}")
+        _require(0 <= self.cf_placeholder <= 1, f"cf_placeholder must lie in [0, 1], found {self.cf_placeholder}")
+        weights = {"weight_end": self.weight_end, "weight_path": self.weight_path, "weight_cf": self.weight_cf}
+        for name, weight in weights.items():
+            _require(weight >= 0, f"{name} must be 0 or more, found {weight}")
+        _require(sum(weights.values()) > 0, f"one of {', '.join(weights)} must be above 0, found all 0")
+        _require(self.reward_correct > self.reward_wrong,
+                 f"reward_correct must be above reward_wrong, found {self.reward_correct} and {self.reward_wrong}")
+        for name in ("coherence_weight", "length_penalty", "free_length"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, found {getattr(self, name)}")
+        _require(self.resamples >= 100, f"resamples must be 100 or more for a 95% interval, found {self.resamples}")
+        _require(self.seed >= 0, f"seed must be 0 or more, found {self.seed}")
