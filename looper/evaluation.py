@@ -1,0 +1,65 @@
+"""Judging answers, and the four figures of an evaluation: ours, lm-evaluation-harness's two, and the format rate."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from looper.statistics import wilson
+from regime_w.answers import (
+    answers_match,
+    extract_answer,
+    flexible_extract,
+    harness_match,
+    is_formatted,
+    split_reasoning,
+    strict_match,
+)
+
+# What every row of data/predictions/<model>.jsonl has, and of which type: the `fields` of looper.jsonl.read_jsonl.
+PREDICTION_FIELDS = {
+    "id": str, "question": str, "gold_answer": str, "full_text": str, "reasoning": str, "answer": (str, type(None)),
+    "correct": bool, "num_tokens": int, "truncated": bool,
+}
+
+
+def judge(row: dict[str, Any], text: str, num_tokens: int, truncated: bool) -> dict[str, Any]:
+    """The predictions row of an answer: what was asked, what was written, and whether it is right.
+
+    row: a question with `id`, `question` and `gold_answer`. text: the answer, what the template gave the model included.
+    truncated: no end of sequence came. An unclosed <think> counts as truncated whatever ended it.
+    """
+    answer = extract_answer(text)
+    return {
+        "id": row["id"], "question": row["question"], "gold_answer": row["gold_answer"],
+        "full_text": text, "reasoning": split_reasoning(text)[0], "answer": answer,
+        "correct": answers_match(answer, row["gold_answer"]),
+        "num_tokens": num_tokens, "truncated": truncated or text.rfind("<think>") > text.rfind("</think>"),
+    }
+
+
+def evaluation_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The four figures with 95% Wilson intervals, each as value, low and high; n, truncation rate, mean tokens.
+
+    accuracy: `correct` of the rows, by our parser. strict_match, flexible_extract: lm-evaluation-harness's two filters
+    on the same texts. format_rate: answers in the form that the prompt asks for. All are fractions, rounded to 6 digits.
+    Raises ValueError if there are no predictions.
+    """
+    n = len(predictions)
+    if n == 0:
+        raise ValueError("no predictions to evaluate: the split is empty; rerun the stage prepare with more questions")
+    hits = {
+        "accuracy": sum(row["correct"] for row in predictions),
+        "strict_match": _harness_hits(predictions, strict_match),
+        "flexible_extract": _harness_hits(predictions, flexible_extract),
+        "format_rate": sum(is_formatted(row["full_text"]) for row in predictions),
+    }
+    figures = {name: wilson(count, n)._asdict() for name, count in hits.items()}
+    return {
+        "n": n,
+        **{name: {end: round(value, 6) for end, value in figure.items()} for name, figure in figures.items()},
+        "truncation_rate": round(sum(row["truncated"] for row in predictions) / n, 6),
+        "mean_tokens": round(sum(row["num_tokens"] for row in predictions) / n, 6),
+    }
+
+
+def _harness_hits(predictions: Sequence[dict[str, Any]], extract: Callable[[str], str]) -> int:
+    return sum(harness_match(extract(row["full_text"]), row["gold_answer"]) for row in predictions)
