@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +20,7 @@ from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, 
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
 
+ADAPTER = "adapter_model.safetensors"
 VALUE_HEAD = "value_head.safetensors"
 PPO_STATE = "ppo_state.json"
 
@@ -218,13 +218,14 @@ class OfflinePPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        self.model.policy.save_pretrained(folder, save_embedding_layers=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(get_peft_model_state_dict(self.model.policy, save_embedding_layers=False), folder / ADAPTER)
         save_file(self.model.value_head.state_dict(), folder / VALUE_HEAD)
         write_json(folder / PPO_STATE, {"beta": self.kl.beta})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PolicyWithValue | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        set_peft_model_state_dict(self.model.policy, load_peft_weights(str(folder), device="cpu"))
+        set_peft_model_state_dict(self.model.policy, load_file(folder / ADAPTER))
         self.model.value_head.load_state_dict(load_file(folder / VALUE_HEAD))
         self.kl.beta = read_json(folder / PPO_STATE)["beta"]
 
