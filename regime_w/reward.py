@@ -57,5 +57,5 @@ def _parts(right: bool, coherence: float, length: float, settings: ScoreSettings
     return {
         "correctness": settings.reward_correct if right else settings.reward_wrong,
         "coherence": settings.coherence_weight * coherence,
-        "length": -settings.length_penalty * max(0.0, length - settings.free_length),
+        "length": settings.length_penalty * min(0.0, settings.free_length - length),
     }

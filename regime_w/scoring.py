@@ -17,6 +17,13 @@ def s_end(answers: Sequence[str | None]) -> float:
     return sum(count * (count - 1) for count in counts.values()) / pairs if pairs else 0.0
 
 
+def leading_answers(answers: Sequence[str | None]) -> set[str]:
+    """The most frequent answers: one, several in a tie, or none if no arm answered."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    most = max(counts.values(), default=0)
+    return {answer for answer, count in counts.items() if count == most}
+
+
 def s_path(lengths: Sequence[int]) -> float:
     """1 / (1 + CV²), CV the population coefficient of variation of the lengths in tokens; in [0, 1].
 

@@ -1,0 +1,69 @@
+"""The answers to one question, and Regime W's components of them."""
+
+from dataclasses import dataclass
+
+from regime_w.answers import canonical_answer
+from regime_w.chsh import Outcomes, s_cf_chsh
+from regime_w.scoring import s_cf, s_end, s_path, s_path_within_style
+from regime_w.settings import ScoreSettings
+
+PARTIES = ("wolfram", "maudlin")
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """What scoring needs of a row: one entry an arm. Answers are canonical; `cf_…` is None without a counterfactual."""
+
+    styles: list[str]
+    lengths: list[int]
+    answers: list[str | None]
+    gold: str
+    correct: list[bool]
+    cf_answers: list[str | None] | None
+    cf_gold: str | None
+
+    @classmethod
+    def of(cls, row: dict) -> "AnswerSet":
+        """Of a checked rollouts row (`rows.check_row`)."""
+        outputs, other = row["arm_outputs"], row["counterfactual"]
+        gold = canonical_answer(row["gold_answer"])
+        answers = [canonical_answer(output["answer"]) for output in outputs]
+        return cls(
+            styles=[output["style"] for output in outputs],
+            lengths=[output["num_tokens"] for output in outputs],
+            answers=answers,
+            gold=gold,
+            correct=[answer == gold for answer in answers],
+            cf_answers=other and [canonical_answer(output["counterfactual"]["answer"]) for output in outputs],
+            cf_gold=other and canonical_answer(other["gold_answer"]),
+        )
+
+    def without(self, i: int) -> "AnswerSet":
+        """The same question as answered by the other arms."""
+        def rest(values: list) -> list:
+            return values[:i] + values[i + 1:]
+
+        return AnswerSet(rest(self.styles), rest(self.lengths), rest(self.answers), self.gold, rest(self.correct),
+                         None if self.cf_answers is None else rest(self.cf_answers), self.cf_gold)
+
+    def components(self, settings: ScoreSettings) -> tuple[float, float, float]:
+        """(s_end, s_path, s_cf)."""
+        path = s_path_within_style(self.lengths, self.styles) if settings.path_within_style else s_path(self.lengths)
+        return s_end(self.answers), path, self._s_cf(settings)
+
+    def _s_cf(self, settings: ScoreSettings) -> float:
+        if settings.cf == "placeholder" or self.cf_answers is None:
+            return settings.cf_placeholder
+        if settings.cf == "chsh":
+            return s_cf_chsh(*self.outcomes())
+        return s_cf(self.cf_answers, self.cf_gold)
+
+    def outcomes(self) -> tuple[Outcomes, Outcomes]:
+        """Those of the two styles as parties. The question must have a counterfactual."""
+        cf_correct = [answer == self.cf_gold for answer in self.cf_answers]
+        first, second = (
+            Outcomes(sum(right for right, style in zip(self.correct, self.styles) if style == party),
+                     sum(right for right, style in zip(cf_correct, self.styles) if style == party),
+                     self.styles.count(party))
+            for party in PARTIES)
+        return first, second

@@ -1,0 +1,92 @@
+"""CHSH and Contextuality-by-Default on answers: the two styles as parties, (q, q′) as settings. See docs/chsh.md.
+
+An outcome is +1 for a right answer and −1 for a wrong one. A party's outcomes on a version of the question are those of
+its arms. Independent arms are a local model: the expected |S| is at most 2. S measures robustness here, nothing quantum.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+CONTEXTS = ((0, 0), (0, 1), (1, 0), (1, 1))  # (x, y): which version each party answers, 0 = q, 1 = q′
+
+
+class Outcomes(NamedTuple):
+    """How many of a party's arms were right on q and on q′, of how many arms."""
+
+    right_q: int
+    right_cf: int
+    arms: int
+
+    def means(self) -> tuple[float, float]:
+        """The mean outcome on q and on q′, each in [-1, 1]; 0 for a party without arms."""
+        if not self.arms:
+            return 0.0, 0.0
+        return 2 * self.right_q / self.arms - 1, 2 * self.right_cf / self.arms - 1
+
+
+def correlations(a: Outcomes, b: Outcomes) -> dict[tuple[int, int], float]:
+    """E(x, y): the mean over all pairs of an arm of `a` and an arm of `b` of the product of their outcomes.
+
+    Over all pairs that mean is the product of the two means.
+    """
+    return {(x, y): a.means()[x] * b.means()[y] for x, y in CONTEXTS}
+
+
+def s_value(e: Mapping[tuple[int, int], float]) -> float:
+    """S = E(q,q) + E(q,q′) + E(q′,q) − E(q′,q′) (Clauser, Horne, Shimony and Holt 1969)."""
+    return e[0, 0] + e[0, 1] + e[1, 0] - e[1, 1]
+
+
+def s_cf_chsh(a: Outcomes, b: Outcomes) -> float:
+    """max(0, S) / 2 if any outcome is right, else 0; in [0, 1]."""
+    if not (a.right_q or a.right_cf or b.right_q or b.right_cf):
+        return 0.0
+    return max(0.0, s_value(correlations(a, b))) / 2
+
+
+def chsh_summary(cells: Mapping[tuple[Outcomes, Outcomes], int], resamples: int, seed: int) -> dict[str, float | None]:
+    """Mean S over questions, its 95% bootstrap interval, and a permutation null.
+
+    cells: how many questions had each pair of outcomes; as there are few different pairs, this holds any number of questions.
+    null: the second party's outcomes are dealt anew among the questions, `resamples` times. It keeps how often each party is
+    right and breaks what they share about a question; p_value is the share of deals with a mean S as high.
+    """
+    keys = ("questions", "s", "s_low", "s_high", "null_mean", "null_low", "null_high", "p_value")
+    n = sum(cells.values())
+    if not n:
+        return dict.fromkeys(keys, None) | {"questions": 0}
+    rng = np.random.default_rng(seed)
+    pairs = sorted(cells)
+    counts = np.array([cells[pair] for pair in pairs])
+    values = np.array([s_value(correlations(a, b)) for a, b in pairs])
+    s = float(counts @ values / n)
+    means = rng.multinomial(n, counts / n, size=resamples) @ values / n
+    null = _permuted(pairs, counts, resamples, rng)
+    p_value = (1 + np.sum(null >= s - 1e-12)) / (1 + resamples)
+    figures = (n, s, *np.quantile(means, (0.025, 0.975)), null.mean(), *np.quantile(null, (0.025, 0.975)), p_value)
+    return dict(zip(keys, (figures[0], *map(float, figures[1:])), strict=True))
+
+
+def _permuted(pairs: Sequence[tuple[Outcomes, Outcomes]], counts: np.ndarray, resamples: int, rng: np.random.Generator
+              ) -> np.ndarray:
+    """Mean S of `resamples` random deals, shape (resamples,).
+
+    A random deal is a random table with the margins of the observed one: its rows are drawn one after the other, without
+    replacement, from what the second party's outcomes have left.
+    """
+    firsts, seconds = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
+    row_sums = [sum(int(count) for (a, _), count in zip(pairs, counts) if a == first) for first in firsts]
+    column_sums = [sum(int(count) for (_, b), count in zip(pairs, counts) if b == second) for second in seconds]
+    values = np.array([[s_value(correlations(a, b)) for b in seconds] for a in firsts])
+    sums = np.zeros(resamples)
+    for i in range(resamples):
+        left = np.array(column_sums)
+        for row, row_sum in enumerate(row_sums):
+            dealt = rng.multivariate_hypergeometric(left, row_sum, method="marginals")
+            left -= dealt
+            sums[i] += dealt @ values[row]
+    return sums / sum(row_sums)

@@ -1,0 +1,170 @@
+"""What the scored rollouts of a run say, gathered row by row in constant memory. Glossary: regime_w/README.md."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from regime_w.answer_set import AnswerSet
+from regime_w.chsh import chsh_summary
+from regime_w.reward import carry_no_signal
+from regime_w.scoring import leading_answers
+from regime_w.settings import ScoreSettings
+
+COMPONENTS = ("reward", "s_end", "s_path", "s_cf", "s_wm")
+POSTERIOR_DRAWS = 20_000
+
+
+class ScoreMetrics:
+    """`add` each scored row, then read `metrics()`."""
+
+    def __init__(self, settings: ScoreSettings) -> None:
+        self.settings = settings
+        self.questions = self.any_right = self.with_signal = self.mixed = self.placeholders = 0
+        self.mean_right = self.majority_right = 0.0
+        self.arms: dict[str, ArmTally] = {}
+        self.components = {
+            "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
+        self.counterfactual = CounterfactualTally()
+        self.outcomes: Counter = Counter()  # (Wolfram's, Maudlin's) outcomes: few different ones, whatever the file's size
+
+    def add(self, row: dict) -> None:
+        """Counts a row that `score.score_row` returned."""
+        arms, outputs = AnswerSet.of(row), row["arm_outputs"]
+        share = sum(arms.correct) / len(arms.correct)
+        leading = leading_answers(arms.answers)
+        right = next((answer for answer, correct in zip(arms.answers, arms.correct) if correct), None)
+        self.questions += 1
+        self.mean_right += share
+        self.any_right += share > 0
+        self.mixed += 0 < share < 1
+        self.majority_right += (right in leading) / max(1, len(leading))
+        self.with_signal += not carry_no_signal([output["reward"] for output in outputs])
+        for output, answer, correct in zip(outputs, arms.answers, arms.correct):
+            tally = self.arms.setdefault(output["name"], ArmTally())
+            tally.add(correct, output["num_tokens"], answer in leading)
+        for name, distribution in self.components.items():
+            distribution.add(row[name], share)
+        if self.settings.cf == "placeholder" or arms.cf_answers is None:
+            self.placeholders += 1
+        if arms.cf_answers is not None:
+            self.counterfactual.add(arms)
+            first, second = arms.outcomes()
+            if first.arms and second.arms:
+                self.outcomes[first, second] += 1
+
+    def metrics(self) -> dict[str, Any]:
+        """The metrics as nested dicts, floats rounded to 6 digits; None where a figure is not defined."""
+        n = self.questions
+        return rounded({
+            "questions": n,
+            "accuracy": {"mean": _share(self.mean_right, n), "any": _share(self.any_right, n),
+                         "majority": _share(self.majority_right, n)},
+            "arms": {name: tally.metrics(self.settings.seed) for name, tally in self.arms.items()},
+            **{name: distribution.metrics() for name, distribution in self.components.items()},
+            "signal": {"share": _share(self.with_signal, n), "mixed_share": _share(self.mixed, n)},
+            "counterfactual": {**self.counterfactual.metrics(n), "placeholder_share": _share(self.placeholders, n)},
+            "chsh": chsh_summary(self.outcomes, self.settings.resamples, self.settings.seed),
+        })
+
+
+class ArmTally:
+    """One arm over all questions."""
+
+    def __init__(self) -> None:
+        self.questions = self.right = self.tokens = self.in_majority = 0
+
+    def add(self, correct: bool, tokens: int, in_majority: bool) -> None:
+        self.questions += 1
+        self.right += correct
+        self.tokens += tokens
+        self.in_majority += in_majority
+
+    def metrics(self, seed: int) -> dict[str, float]:
+        low, high = beta_interval(self.right, self.questions - self.right, seed)
+        return {
+            "accuracy": self.right / self.questions, "mean_length": self.tokens / self.questions,
+            "majority_share": self.in_majority / self.questions,
+            "posterior_mean": (self.right + 1) / (self.questions + 2), "posterior_low": low, "posterior_high": high,
+        }
+
+
+class CounterfactualTally:
+    """Arms' answers to the questions that have a counterfactual, on both versions."""
+
+    def __init__(self) -> None:
+        self.questions = self.answers = self.right = self.cf_right = self.repeats = 0
+
+    def add(self, arms: AnswerSet) -> None:
+        self.questions += 1
+        self.answers += len(arms.answers)
+        self.right += sum(arms.correct)
+        self.cf_right += arms.cf_answers.count(arms.cf_gold)
+        self.repeats += arms.cf_answers.count(arms.gold)
+
+    def metrics(self, questions: int) -> dict[str, float | None]:
+        return {
+            "share": _share(self.questions, questions),
+            "accuracy_original": _share(self.right, self.answers), "accuracy_changed": _share(self.cf_right, self.answers),
+            "gap": _share(self.right - self.cf_right, self.answers), "repeats_old_gold": _share(self.repeats, self.answers),
+        }
+
+
+class Distribution:
+    """A component's distribution over questions, and its correlation with the share of right arms."""
+
+    def __init__(self, low: float, high: float, bins: int) -> None:
+        self.low, self.width, self.counts = low, (high - low) / bins, [0] * bins
+        self.n, self.minimum, self.maximum = 0, math.inf, -math.inf
+        self.x = self.y = self.xx = self.yy = self.xy = 0.0
+
+    def add(self, value: float, share_right: float) -> None:
+        self.n += 1
+        self.minimum, self.maximum = min(self.minimum, value), max(self.maximum, value)
+        bin_ = int((value - self.low) / self.width + 1e-9)  # a value at an edge belongs above it, rounding aside
+        self.counts[min(max(bin_, 0), len(self.counts) - 1)] += 1
+        self.x += value
+        self.y += share_right
+        self.xx += value * value
+        self.yy += share_right * share_right
+        self.xy += value * share_right
+
+    def metrics(self) -> dict[str, Any]:
+        if not self.n:
+            return {}
+        mean = self.x / self.n
+        variance = max(0.0, self.xx / self.n - mean * mean)
+        return {"mean": mean, "std": math.sqrt(variance), "min": self.minimum, "max": self.maximum,
+                "correlation_with_correctness": self._correlation(variance), "histogram": self._histogram()}
+
+    def _correlation(self, variance: float) -> float | None:
+        """Pearson's; None where one of the two does not vary."""
+        mean, other = self.x / self.n, self.y / self.n
+        other_variance = self.yy / self.n - other * other
+        if min(variance, other_variance) < 1e-12:
+            return None
+        return (self.xy / self.n - mean * other) / math.sqrt(variance * other_variance)
+
+    def _histogram(self) -> dict[str, int]:
+        """Counts by the bin's lower and upper end; the first and the last bin also hold what lies beyond them."""
+        edges = [self.low + i * self.width for i in range(len(self.counts) + 1)]
+        return {f"{edges[i]:.2f}..{edges[i + 1]:.2f}": count for i, count in enumerate(self.counts)}
+
+
+def beta_interval(successes: int, failures: int, seed: int = 0) -> tuple[float, float]:
+    """The central 95% of the posterior Beta(1 + successes, 1 + failures), from seeded draws."""
+    draws = np.random.default_rng(seed).beta(1 + successes, 1 + failures, POSTERIOR_DRAWS)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def rounded(value: Any) -> Any:
+    """`value` with every float rounded to 6 digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
