@@ -18,18 +18,18 @@ __all__ = ["VALUE_HEAD", "NonFiniteError", "PPOSample", "earns_alike", "samples_
 
 
 def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSettings, scratch: Path,
-              callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float | int | bool]:
-    """Trains `model`'s adapter in place and writes the value head to `scratch`/VALUE_HEAD; returns the run's summary.
+              value_head_path: Path, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, float | int | bool]:
+    """Trains `model`'s adapter in place and writes the value head to `value_head_path`; returns the run's summary.
 
     model: base + SFT adapter, loaded with is_trainable=True, on its device. It is the reference too, as it comes in.
     scratch: an untracked folder of this run's inputs alone. A killed run goes on from its last checkpoint there; the
-    caller puts VALUE_HEAD beside the adapter, and removes the folder when both are stored.
+    caller removes it when the outputs are stored.
     Raises NonFiniteError (a ValueError) if a loss or gradient is not finite, ValueError for a model it cannot train.
     """
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
     trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    with replacing(scratch / VALUE_HEAD) as temporary:
+    with replacing(value_head_path) as temporary:
         save_file(trainer.model.value_head.state_dict(), temporary)
     return summary(trainer)
 
