@@ -18,17 +18,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("partial", "old"))
+    for leftover in (temporary, old):  # of a killed process
+        _remove(leftover)
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)  # os.replace cannot put a folder over a folder that holds something
+        if path.is_dir():  # no rename puts a folder over one that holds something
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(old)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

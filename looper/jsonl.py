@@ -18,21 +18,28 @@ def read_jsonl(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None 
 
 def iterate_jsonl(path: Path, fields: Mapping[str, type | tuple[type, ...]] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of `path`, one at a time; checked as `read_jsonl` does."""
-    with Path(path).open(encoding="utf-8") as file:
+    if not Path(path).exists():
+        raise ValueError(f"{path} is not here; run the stage that writes it (dvc repro), or bring it back (dvc pull {path})")
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise ValueError(f"{path}:{number}: not a JSON object ({error}); mend or remove this line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a {type(row).__name__} where an object must stand; mend this line")
-            for field, kind in (fields or {}).items():
-                if field not in row:
-                    raise ValueError(f"{path}:{number}: field '{field}' is missing; add it")
-                if not isinstance(row[field], kind):
-                    found = type(row[field]).__name__
-                    raise ValueError(f"{path}:{number}: field '{field}' is {found}, must be {_name(kind)}; mend it")
+            check_row(row, fields or {}, f"{path}:{number}")
             yield row
+
+
+def check_row(row: Any, fields: Mapping[str, type | tuple[type, ...]], where: str) -> None:
+    """Raises ValueError, which names `where`, for a row that is no object, or lacks or mistypes one of `fields`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__} where an object must stand; mend this row")
+    for field, kind in fields.items():
+        if field not in row:
+            raise ValueError(f"{where}: field '{field}' is missing; add it")
+        if not isinstance(row[field], kind):
+            found = type(row[field]).__name__
+            raise ValueError(f"{where}: field '{field}' is {found}, must be {_name(kind)}; mend it")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
