@@ -30,8 +30,8 @@ class PolicyWithValue(nn.Module):
         language_model = policy.get_base_model()
         head = language_model.get_output_embeddings()
         if isinstance(head, BaseTunerLayer) or head.weight.requires_grad or not head.weight.is_floating_point():
-            raise ValueError("ppo: the language model's head must be neither trained nor quantised; leave lm_head out of "
-                             "the LoRA target modules and of the quantisation")
+            raise ValueError("ppo: the language model's head must be neither trained nor quantised; leave lm_head out "
+                             "of the LoRA target modules and of the quantisation")
         self.value_head = nn.Linear(language_model.config.get_text_config().hidden_size, 1, device=head.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)

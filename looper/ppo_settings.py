@@ -83,7 +83,7 @@ class PPOSettings:
             _require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
         _require(self.batch_size % self.mini_batch_size == 0,
                  f"batch_size {self.batch_size} must be a multiple of mini_batch_size {self.mini_batch_size}")
-        _require(0 < self.clip_low < 1, f"clip_low must lie between 0 and 1 (a ratio is positive), found {self.clip_low}")
+        _require(0 < self.clip_low < 1, f"clip_low must lie between 0 and 1, as a ratio does, found {self.clip_low}")
         _require(self.value_coef >= 0, f"value_coef must be 0 or more, found {self.value_coef}")
         for name in ("gamma", "lam"):
             _require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")

@@ -1,7 +1,7 @@
 """Every function against numbers worked by hand, a plain loop in float64, and the equations of the last TRL with PPO.
 
-TRL 1.12.0 is meant: `trl/experimental/ppo/ppo_trainer.py` (PPOTrainer.train, masked_mean, masked_var, masked_whiten) and
-`trl/trainer/utils.py` (selective_log_softmax). Its equations are written here anew, in numpy.
+TRL 1.12.0 is meant: `trl/experimental/ppo/ppo_trainer.py` (PPOTrainer.train, masked_mean, masked_var, masked_whiten)
+and `trl/trainer/utils.py` (selective_log_softmax). Its equations are written here anew, in numpy.
 """
 
 import math
@@ -98,7 +98,8 @@ def test_log_softmax_of_bfloat16_is_computed_in_float32():
 
 
 def test_log_softmax_stays_finite_at_huge_logits():
-    logprobs, entropy = ppo_math.selective_log_softmax(torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0]])
+    logprobs, entropy = ppo_math.selective_log_softmax(hidden, weight, torch.tensor([1]))
     close(logprobs, [-2e4])
     close(entropy, [0.0])
 
@@ -160,7 +161,7 @@ def test_gae_equals_a_plain_loop(case, gamma, lam):
 
 
 def test_rewards_and_gae_are_those_of_trl(case):
-    """PPOTrainer.train, parts 4 and 6, for responses without padding (TRL pays the score one token later where it can)."""
+    """PPOTrainer.train, parts 4 and 6, for responses without padding (else TRL pays the score one token later)."""
     old, ref, values, scores = case["old"], case["ref"], case["values"], case["scores"]
     kl_coef, gamma, lam = 0.05, 1.0, 0.95
     rewards = -kl_coef * -(ref - old)
