@@ -1,0 +1,268 @@
+"""The comparison of Base, SFT and PPO: `metrics/summary.json`, the table at the end of `dvc repro`, and the page."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from looper.files import write_text
+from looper.report_plots import Bar, bars, read_curve, training_curves
+from looper.report_regime_w import credit_block, regime_w_blocks
+from looper.statistics import detectable_difference, mcnemar, paired_bootstrap
+from regime_w.answers import answers_match, is_formatted
+
+MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
+PAIRS = {"sft_vs_base": ("base", "sft"), "ppo_vs_sft": ("sft", "ppo"), "ppo_vs_base": ("base", "ppo")}  # name: old, new
+FIGURES = ("accuracy", "format_rate", "strict_match", "flexible_extract")  # each with its interval
+GAINS = ("format", "reasoning", "either")
+SHARES = ("strict_match", "flexible_extract", "format_rate", "truncation_rate")  # the tables' columns
+NOTES = (
+    "strict, flexible: lm-evaluation-harness's filters on the same texts. format: in the form asked for.",
+    "A difference is the sum of its last three columns. format: the wrong answer is unreadable or did",
+    "not end; reasoning: both are in the form asked for, or the wrong one never writes the right number;",
+    "either: the rest, which may be one or the other.",
+)
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+EXAMPLES = 2  # questions shown of each pattern of right and wrong models
+SHOWN = 3000  # characters of an answer that the page shows
+
+Predictions = dict[str, list[dict[str, Any]]]
+
+
+def summarise(predictions: Predictions, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What metrics/summary.json holds: every figure by model, then the paired comparisons.
+
+    predictions, metrics: by "base", "sft" and "ppo", the rows of data/predictions/ and what metrics/eval_*.json holds.
+    Shares are fractions of the questions. Raises ValueError if a model or a figure is missing, or if the models did not
+    answer the same questions in the same order.
+    """
+    _check(predictions, metrics)
+    intervals = {model: {end: metrics[model]["accuracy"][end] for end in ("low", "high")} for model in MODELS}
+    return {
+        "questions": len(predictions["base"]),
+        "accuracy": {model: metrics[model]["accuracy"]["value"] for model in MODELS},
+        "interval": intervals,
+        **{name: {model: metrics[model][name]["value"] for model in MODELS} for name in FIGURES[1:]},
+        **{name: {model: metrics[model][name] for model in MODELS} for name in ("truncation_rate", "mean_tokens")},
+        "paired": {pair: compare(predictions[old], predictions[new]) for pair, (old, new) in PAIRS.items()},
+    }
+
+
+def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Two models' predictions on the same questions: the difference in accuracy, its test, and what it is made of.
+
+    gained, lost: questions that only the new, only the old model gets right. p_value: of McNemar's exact test.
+    detectable: the smallest true difference that such a test would show in 80% of cases. gain: see `divide_gain`.
+    """
+    before, after = ([row["correct"] for row in rows] for rows in (old, new))
+    test = mcnemar(before, after)
+    return {
+        **_difference(before, after),
+        "gained": test.gained, "lost": test.lost, "p_value": float(f"{test.p_value:.6g}"),
+        "detectable": round(detectable_difference(test.gained + test.lost, len(old)), 6),
+        "gain": divide_gain(old, new),
+    }
+
+
+def divide_gain(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The difference in accuracy as three parts that add up to it, each with its interval and its number of questions.
+
+    Every question that one model gets right and the other wrong belongs to one part:
+    format: the wrong answer cannot be read or did not end, so it may be wrong in form alone.
+    reasoning: both answers are in the form asked for, or the wrong one nowhere writes the right number, so that no
+    reading of it would be right.
+    either: the wrong answer writes the right number somewhere, and one of the two was read by the parser's fallbacks.
+    The rule looks at old and new alike, so that a change of form alone cannot pass for a change of reasoning.
+    """
+    causes = [_cause(*pair) for pair in zip(old, new, strict=True)]
+    gain = {}
+    for name in GAINS:
+        before, after = ([row["correct"] and cause == name for row, cause in zip(rows, causes, strict=True)]
+                         for rows in (old, new))
+        gain[name] = {**_difference(before, after), "questions": causes.count(name)}
+    return gain
+
+
+def _cause(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    if old["correct"] == new["correct"]:
+        return None
+    wrong = new if old["correct"] else old
+    if wrong["answer"] is None or wrong["truncated"]:
+        return "format"
+    both_formatted = is_formatted(old["full_text"]) and is_formatted(new["full_text"])
+    return "either" if _writes(wrong["full_text"], wrong["gold_answer"]) and not both_formatted else "reasoning"
+
+
+def _writes(text: str, number: str) -> bool:
+    found = re.findall(r"[0-9][0-9.,]*", text.replace("{,}", ","))
+    return any(answers_match(each, number.lstrip("-")) for each in found)
+
+
+def _difference(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
+    value, low, high = paired_bootstrap(before, after)
+    return {"difference": round(value, 6), "low": round(low, 6), "high": round(high, 6)}
+
+
+def _check(predictions: Predictions, metrics: dict[str, dict[str, Any]]) -> None:
+    for model in MODELS:
+        rerun = f"rerun the stage eval@{model}"
+        if not predictions.get(model):
+            raise ValueError(f"data/predictions/{model}.jsonl holds no predictions; {rerun}")
+        if model not in metrics:
+            raise ValueError(f"metrics/eval_{model}.json was not given; {rerun}")
+        file = f"metrics/eval_{model}.json"
+        _require_keys(metrics[model], (*FIGURES, "n", "truncation_rate", "mean_tokens"), file, rerun)
+        for name in FIGURES:
+            _require_keys(metrics[model][name], ("value", "low", "high"), f"{file}: {name}", rerun)
+        if metrics[model]["n"] != len(predictions[model]):
+            raise ValueError(f"metrics/eval_{model}.json counts {metrics[model]['n']} questions, "
+                             f"data/predictions/{model}.jsonl holds {len(predictions[model])}; {rerun}")
+        if [row["id"] for row in predictions[model]] != [row["id"] for row in predictions["base"]]:
+            raise ValueError(f"data/predictions/{model}.jsonl and base.jsonl answer different questions, or in another "
+                             f"order: nothing can be paired; {rerun} and eval@base on the same data/test.jsonl")
+
+
+def _require_keys(found: Any, keys: Sequence[str], where: str, what_to_do: str) -> None:
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing; {what_to_do}")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The comparison as plain text of up to 100 columns: each model's figures, then the paired differences."""
+    lines = [f"Test split: {summary['questions']:,} questions, greedy answers. In percent, intervals at 95%.", "",
+             f"{'':12}{'accuracy':>10}{'interval':>15}{'strict':>9}{'flexible':>10}{'format':>9}{'truncated':>11}"
+             f"{'tokens':>9}"]
+    for model, label in MODELS.items():
+        strict, flexible, form, truncated = (100 * summary[name][model] for name in SHARES)
+        lines.append(f"{label:12}{100 * summary['accuracy'][model]:10.1f}{_range(summary['interval'][model]):>15}"
+                     f"{strict:9.1f}{flexible:10.1f}{form:9.1f}{truncated:11.1f}{summary['mean_tokens'][model]:9.0f}")
+    lines += ["", "Paired on the same questions, in points:", "",
+              f"{'':12}{'difference':>10}{'interval':>15}{'gained':>9}{'lost':>10}{'McNemar p':>12}"
+              f"  ={'format':>7}{'reasoning':>10}{'either':>8}"]
+    for pair, (old, new) in PAIRS.items():
+        test = summary["paired"][pair]
+        form, reasoning, either = (100 * test["gain"][name]["difference"] for name in GAINS)
+        lines.append(f"{MODELS[new] + ' - ' + MODELS[old]:12}{100 * test['difference']:+10.1f}{_range(test, '+'):>15}"
+                     f"{test['gained']:9}{test['lost']:10}{p_text(test['p_value']):>12}"
+                     f"   {form:+7.1f}{reasoning:+10.1f}{either:+8.1f}")
+    return "\n".join([*lines, "", *NOTES])
+
+
+def verdict(summary: dict[str, Any], pair: str) -> str:
+    """One sentence on a paired comparison, as far as its test allows."""
+    old, new = (MODELS[model] for model in PAIRS[pair])
+    test = summary["paired"][pair]
+    size = f"{100 * test['difference']:+.1f} points ({_range(test, '+')}, p {_equals(test['p_value'])})"
+    if test["p_value"] < 0.05:
+        return f"{new} is {'above' if test['difference'] > 0 else 'below'} {old}: {size}."
+    return (f"No difference shown between {new} and {old}: {size}. "
+            f"A true difference of {100 * test['detectable']:.1f} points would show in 80% of such tests.")
+
+
+def p_text(p_value: float) -> str:
+    return "< 0.0001" if p_value < 0.0001 else f"{p_value:.2g}" if p_value < 0.1 else f"{p_value:.2f}"
+
+
+def _equals(p_value: float) -> str:
+    text = p_text(p_value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _range(interval: dict[str, float], sign: str = "") -> str:
+    return f"{100 * interval['low']:{sign}.1f} to {100 * interval['high']:{sign}.1f}"
+
+
+def plot_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `dvc plots` draws: one row a model with its accuracy and interval."""
+    return [{"model": label, "accuracy": summary["accuracy"][model], **summary["interval"][model]}
+            for model, label in MODELS.items()]
+
+
+def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, curves: Sequence[tuple[str, Path]],
+                 regime_w: dict[str, Any], rollouts: Iterable[dict[str, Any]], metrics: Mapping[str, Any]) -> None:
+    """Writes the page: one HTML file that fetches nothing and runs no script, equal bytes for equal input.
+
+    summary: of `summarise`, for these predictions. curves: titles and DVCLive files; a title that begins with SFT or
+    PPO takes that model's colour. regime_w: what metrics/regime_w.json holds. rollouts: the rows of
+    data/regime_w_rollouts.jsonl, read once. metrics: by file name, what the page lists in full at its end.
+    Raises ValueError if a curve's file or a key of regime_w is missing; nothing is written then.
+    """
+    read = [read_curve(title, file, _colour(title)) for title, file in curves]
+    credit = credit_block(rollouts)
+    page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        summary=summary, models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
+        accuracy_figure=_accuracy_figure(summary), gain_figure=_gain_figure(summary),
+        curves_figure=training_curves("training", "Training curves of SFT and PPO", read) if read else "",
+        regime_w_blocks=regime_w_blocks(regime_w), credit=credit,
+        agreement=_agreement(predictions), groups=_groups(predictions),
+        metrics={name: _flat(content) for name, content in metrics.items()})
+    write_text(path, page)
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        percent=lambda share: f"{100 * share:.1f}", points=lambda share: f"{100 * share:+.1f}",
+        interval=_range, p_value=p_text, shorten=_shorten)
+    return environment
+
+
+def _colour(title: str) -> str:
+    first = title.split()[0].strip(":").lower()
+    return first if first in MODELS else "accent"
+
+
+def _accuracy_figure(summary: dict[str, Any]) -> str:
+    rows = []
+    for model, label in MODELS.items():
+        interval = summary["interval"][model]
+        values = (100 * each for each in (summary["accuracy"][model], interval["low"], interval["high"]))
+        rows.append(Bar(label, *values, model))
+    return bars("accuracy", "Test accuracy of each model with its 95% interval", rows, "accuracy, % of the questions")
+
+
+def _gain_figure(summary: dict[str, Any]) -> str:
+    rows = []
+    for pair, (old, new) in PAIRS.items():
+        for name, part in summary["paired"][pair]["gain"].items():
+            values = (100 * part[key] for key in ("difference", "low", "high"))
+            rows.append(Bar(f"{MODELS[new]} − {MODELS[old]}: {name}", *values, new))
+    return bars("gain", "Each difference in accuracy as the sum of three parts", rows, "points of accuracy", "+.1f")
+
+
+def _agreement(predictions: Predictions) -> str:
+    outcomes = list(zip(*([row["correct"] for row in predictions[model]] for model in MODELS), strict=True))
+    n, all_right, none = len(outcomes), sum(map(all, outcomes)), sum(not any(each) for each in outcomes)
+    return (f"All three models answer {all_right:,} of {n:,} questions rightly ({all_right / n:.1%}) and all fail on "
+            f"{none:,} ({none / n:.1%}); they differ on {n - all_right - none:,}. The first questions of each kind:")
+
+
+def _groups(predictions: Predictions) -> list[dict[str, Any]]:
+    """The questions on which the models differ, by the pattern of who is right; most frequent first."""
+    groups: dict[tuple[bool, ...], list[dict[str, Any]]] = {}
+    for rows in zip(*(predictions[model] for model in MODELS), strict=True):
+        pattern = tuple(row["correct"] for row in rows)
+        if len(set(pattern)) > 1:
+            groups.setdefault(pattern, []).append(dict(zip(MODELS, rows, strict=True)))
+    return [{"pattern": pattern, "count": len(found),
+             "examples": [{key: rows["base"][key] for key in ("id", "question", "gold_answer")} | {"rows": rows}
+                          for rows in found[:EXAMPLES]]}
+            for pattern, found in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))]
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= SHOWN:
+        return text
+    head, tail = text[:SHOWN * 2 // 3], text[-SHOWN // 3:]
+    return f"{head}\n\n[… {len(text) - len(head) - len(tail):,} characters left out …]\n\n{tail}"
+
+
+def _flat(content: Any, path: str = "") -> list[tuple[str, str]]:
+    """(dotted key, value as JSON) for each leaf."""
+    if isinstance(content, dict) and content:
+        return [leaf for key, value in content.items() for leaf in _flat(value, f"{path}.{key}" if path else str(key))]
+    return [(path, json.dumps(content, ensure_ascii=False))]
