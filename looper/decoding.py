@@ -8,6 +8,7 @@ sampled in one place only.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,14 @@ PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill pass: bou
 VOCABULARY_BLOCK = 256  # the sampler first draws a block of this many tokens, then a token in it
 
 
+class Ragged(NamedTuple):
+    """How many keys each row may use, for the flash kernel: int32 tensors on the device."""
+
+    used: torch.Tensor  # [rows]
+    query_starts: torch.Tensor  # [rows + 1]: 0, 1, 2, ...
+    key_starts: torch.Tensor  # [rows + 1]: where each slot begins in the cache's storage, in tokens
+
+
 def slot_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -27,12 +36,14 @@ def slot_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    ragged: Ragged | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' AttentionInterface calls it: causal without a mask (prefill), else one query a row.
+    """Attention as transformers' AttentionInterface calls it: causal in a prefill pass, one query a row in a step.
 
-    query [rows, heads, queries, dim], key and value [rows, key-value heads, keys, dim]. A decoding step folds the
-    query heads that share a key-value head into the query axis, so that keys and values are never repeated.
+    query [rows, heads, queries, dim], key and value [rows, key-value heads, keys, dim]. A step has a mask, or `ragged`
+    where the flash kernel serves, which reads no key beyond a row's own. Keys and values are never repeated for the
+    query heads that share them: without the kernel those heads are folded into the query axis.
     """
     window = kwargs.get("sliding_window")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or (window or key.shape[2]) < key.shape[2]:
@@ -41,6 +52,23 @@ def slot_attention(
             f"supported by looper.decoding at {key.shape[2]} tokens; use a base model with full attention"
         )
     rows, heads, queries, dim = query.shape
+    if ragged is not None:
+        # PyTorch's public varlen_attn takes no seqused_k before 2.12; the operator below it does.
+        out = torch.ops.aten._flash_attention_forward(
+            query[:, :, 0],
+            key.transpose(1, 2).flatten(0, 1),  # the storage as it lies
+            value.transpose(1, 2).flatten(0, 1),
+            ragged.query_starts,
+            ragged.key_starts,
+            1,
+            key.shape[2],
+            dropout_p=0.0,
+            is_causal=False,
+            return_debug_mask=False,
+            scale=scaling,
+            seqused_k=ragged.used,
+        )[0]
+        return out[:, None], None
     if attention_mask is None:
         grouped = heads != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -70,9 +98,10 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 class SlotCache(Cache):
-    """Keys and values of all slots: per layer [slots, key-value heads, max_length, dim]. A step sets `at` before it runs.
+    """Keys and values of all slots: per layer [slots, max_length, key-value heads, dim].
 
-    Storage is zeroed once: a masked key weighs exactly 0, and 0 times whatever an earlier row left there is 0.
+    A step sets `at` before it runs. Storage is zeroed once: a masked key then weighs exactly 0, and 0 times what stands
+    there, zeros or an earlier row's states, is 0.
     """
 
     def __init__(self, slots: int, max_length: int):
@@ -85,21 +114,21 @@ class SlotCache(Cache):
     def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer == len(self.keys):  # the first pass shows the shapes
             for store, states in ((self.keys, key), (self.values, value)):
-                store.append(states.new_zeros(self.slots, states.shape[1], self.max_length, states.shape[3]))
+                store.append(states.new_zeros(self.slots, self.max_length, states.shape[1], states.shape[3]))
         return self.keys[layer], self.values[layer]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Writes one new position a row and returns the first rows' cache up to the length in `at`."""
         keys, values = self.storage(layer_idx, key, value)
         slots, positions, length = self.at
-        keys[slots, :, positions] = key[:, :, 0]
-        values[slots, :, positions] = value[:, :, 0]
-        return keys[: len(slots), :, :length], values[: len(slots), :, :length]
+        keys[slots, positions] = key[:, :, 0]
+        values[slots, positions] = value[:, :, 0]
+        return keys[: len(slots), :length].transpose(1, 2), values[: len(slots), :length].transpose(1, 2)
 
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copies the first `length` positions of slots to other slots, as if all at the same time."""
         for store in (*self.keys, *self.values):
-            store[targets, :, :length] = store[sources, :, :length]
+            store[targets, :length] = store[sources, :length]
 
 
 class PrefillCache(Cache):
@@ -111,8 +140,8 @@ class PrefillCache(Cache):
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
         keys, values = self.cache.storage(layer_idx, key, value)
-        keys[self.slots, :, : key.shape[2]] = key
-        values[self.slots, :, : key.shape[2]] = value
+        keys[self.slots, : key.shape[2]] = key.transpose(1, 2)
+        values[self.slots, : key.shape[2]] = value.transpose(1, 2)
         return key, value
 
 
@@ -155,7 +184,7 @@ def choose(
     if uniforms is None:
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     greedy = temperatures == 0
-    probabilities = torch.softmax(logits / torch.where(greedy, 1.0, temperatures)[:, None], -1)
+    probabilities = torch.softmax(logits / temperatures.masked_fill(greedy, 1.0)[:, None], -1)
     tokens = torch.where(greedy, tokens, draw(probabilities, uniforms))
     return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
 
@@ -195,6 +224,8 @@ class Decoder:
         self.uniforms = torch.zeros(rows + 1, max_new_tokens + 1, dtype=torch.float64, device=self.device)
         self.sampling = True
         self.prompts: list[Sequence[int] | None] = [None] * slots  # whose prefilled keys a slot still holds
+        self.flash = self.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+        self.starts = torch.arange(slots + 1, dtype=torch.int32, device=self.device)
         self.graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph | None] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
@@ -274,6 +305,8 @@ class Decoder:
     def step(self, batch: int, length: int) -> None:
         """One new token for each running row of slots 0 .. batch-1; `length`: more than any running row's position."""
         length = min(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.cache.max_length)
+        if self.flash:
+            length = self.cache.max_length  # costs nothing where each row reads its own keys only, and saves graphs
         shape = (batch, length, self.sampling)
         if self.device.type != "cuda" or shape not in self.graphs:
             self.graphs[shape] = None  # the eager step is also the warm-up that a capture needs
@@ -287,15 +320,13 @@ class Decoder:
 
     def _step(self, batch: int, length: int) -> None:
         row, position, count, done = (state[:batch] for state in (self.row, self.position, self.count, self.done))
-        attended = self.position_index[:length] <= position[:, None]
-        mask = torch.zeros(attended.shape, dtype=self.model.dtype, device=self.device)
         self.cache.at = (self.slot_index[:batch], position, length)
         logits = self.model(
             input_ids=self.token[:batch, None],
             position_ids=position[:, None],
-            attention_mask=mask.masked_fill_(~attended, float("-inf"))[:, None, None],
             past_key_values=self.cache,
             use_cache=True,
+            **self._attention(position, length),
         ).logits[:, -1].float()
         uniforms = self.uniforms[row, count] if self.sampling else None
         token, logprob = choose(logits, self.temperature[:batch], uniforms)
@@ -307,6 +338,15 @@ class Decoder:
         position += running
         count += running
         done |= (token[:, None] == self.eos).any(-1) | (count >= self.limit[:batch])
+
+    def _attention(self, position: torch.Tensor, length: int) -> dict:
+        """What tells attention that a row at position p may use keys 0 .. p."""
+        if self.flash:
+            starts = self.starts[: len(position) + 1]
+            return {"ragged": Ragged((position + 1).int(), starts, starts * self.cache.max_length)}
+        hidden = self.position_index[:length] > position[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device)
+        return {"attention_mask": mask.masked_fill_(hidden, float("-inf"))[:, None, None]}
 
     def status(self, batch: int) -> tuple[list[bool], list[int]]:
         """Of slots 0 .. batch-1: whether each row is done, and its tokens so far. Waits for the device."""

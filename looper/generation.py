@@ -50,13 +50,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     temperatures: Sequence[float],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     eos_token_ids: Collection[int],
     batch_size: int,
     seed: int,
     progress: str | None = None,
 ) -> list[Completion]:
     """Completions in the order of the prompts, at most `batch_size` rows running at a time.
+
+    max_new_tokens is one number for all, or one a prompt: with no end-of-sequence tokens, measurements so fix each
+    row's length.
 
     The same seed gives the same completions on the same machine, whatever torch's global random state. `progress`
     names a progress bar. Raises ValueError for an empty prompt, one that leaves no room for max_new_tokens in the
@@ -65,12 +68,13 @@ def generate(
     if len(temperatures) != len(prompts):
         raise ValueError(f"generate: {len(temperatures)} temperatures for {len(prompts)} prompts; give one a prompt")
     requests = [Request(prompt, temperature) for prompt, temperature in zip(prompts, temperatures)]
-    _check(model, requests, max_new_tokens, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    _check(model, requests, limits, batch_size)
     if not requests:
         return []
     with decoding_mode(model), _Bar(progress, len(requests)) as bar:
-        decoder = _decoder(model, requests, len(requests), max_new_tokens, eos_token_ids, batch_size)
-        return _run(decoder, requests, max_new_tokens, eos_token_ids, seed, bar.add)
+        decoder = _decoder(model, requests, len(requests), max(limits), eos_token_ids, batch_size)
+        return _run(decoder, requests, limits, eos_token_ids, seed, bar.add)
 
 
 def generate_in_chunks(
@@ -78,11 +82,11 @@ def generate_in_chunks(
     requests: Sequence[Request],
     scratch_dir: Path,
     *,
-    chunk_size: int,
     max_new_tokens: int,
     eos_token_ids: Collection[int],
     batch_size: int,
     seed: int,
+    chunk_size: int | None = None,
     progress: str | None = None,
 ) -> list[Completion]:
     """As `generate`, in chunks of requests that are kept in `scratch_dir` as they finish: a kill loses at most one.
@@ -90,9 +94,10 @@ def generate_in_chunks(
     Called again, it reads the whole chunks and generates the others; a chunk that is damaged or was made for other
     requests or settings is generated anew. Each chunk has its own seed, so the result does not depend on
     interruptions. The model is not part of a chunk's identity: key scratch_dir by what determines it. A chunk ends
-    with a shrinking batch, so make it several times batch_size.
+    with a shrinking batch, so it should be several times batch_size: 4 times, unless chunk_size says otherwise.
     """
-    _check(model, requests, max_new_tokens, batch_size)
+    _check(model, requests, [max_new_tokens] * len(requests), batch_size)
+    chunk_size = 4 * batch_size if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ValueError(f"generate_in_chunks: chunk_size is {chunk_size}; it must be at least 1")
     chunks = [requests[start : start + chunk_size] for start in range(0, len(requests), chunk_size)]
@@ -107,13 +112,16 @@ def generate_in_chunks(
         with decoding_mode(model), _Bar(progress, len(requests), done) as bar:
             decoder = _decoder(model, requests, chunk_size, max_new_tokens, eos_token_ids, batch_size)
             for index in missing:
-                finished[index] = _run(decoder, chunks[index], max_new_tokens, eos_token_ids, seeds[index], bar.add)
+                limits = [max_new_tokens] * len(chunks[index])
+                finished[index] = _run(decoder, chunks[index], limits, eos_token_ids, seeds[index], bar.add)
                 _write_chunk(paths[index], identities[index], finished[index])
     return [completion for completions in finished for completion in completions]
 
 
-def _check(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int, batch_size: int) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+def _check(model: PreTrainedModel, requests: Sequence[Request], limits: Sequence[int], batch_size: int) -> None:
+    if len(limits) != len(requests):
+        raise ValueError(f"generate: {len(limits)} max_new_tokens for {len(requests)} prompts; give one a prompt")
+    for name, value in (("max_new_tokens", min(limits, default=1)), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"generate: {name} is {value}; it must be at least 1")
     window = getattr(model.config, "max_position_embeddings", None)
@@ -124,9 +132,9 @@ def _check(model: PreTrainedModel, requests: Sequence[Request], max_new_tokens: 
             raise ValueError(
                 f"generate: temperature {temperature} of prompt {index}; it must be 0 (greedy) or a positive number"
             )
-        if window is not None and len(prompt) + max_new_tokens > window:
+        if window is not None and len(prompt) + limits[index] > window:
             raise ValueError(
-                f"generate: prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, together "
+                f"generate: prompt {index} has {len(prompt)} tokens and max_new_tokens is {limits[index]}, together "
                 f"more than the model's context window of {window}; lower max_new_tokens or shorten the prompt"
             )
 
@@ -153,7 +161,7 @@ def _decoder(
 def _run(
     decoder: Decoder,
     requests: Sequence[Request],
-    max_new_tokens: int,
+    limits: Sequence[int],
     eos_token_ids: Collection[int],
     seed: int,
     report: Progress,
@@ -173,23 +181,24 @@ def _run(
         if waiting and (len(free) >= refill_at or not running):
             slots = free[: len(waiting)]
             rows = [waiting.pop() for _ in slots]
-            prompts = [requests[row].prompt for row in rows]
-            decoder.admit(slots, rows, prompts, [requests[row].temperature for row in rows], [max_new_tokens] * len(rows))
+            prompts, temperatures = zip(*(requests[row] for row in rows))
+            decoder.admit(slots, rows, prompts, temperatures, [limits[row] for row in rows])
             for slot, row in zip(slots, rows):
                 running[slot], reach[slot], counted[slot] = row, len(requests[row].prompt), 0
         batch = _batch(len(running), decoder.slots, cuda)
         _pack(decoder, batch, running, reach, counted)
-        for _ in range(poll):
-            decoder.step(batch, max(reach[slot] for slot in running))
-            for slot in running:
-                reach[slot] += 1
+        longest = max(reach.values())
+        for step in range(poll):
+            decoder.step(batch, longest + step)
         done, count = decoder.status(batch)
         finished = [slot for slot in running if done[slot]]
         report(len(finished), sum(count[slot] - counted[slot] for slot in running))
         for slot in running:
             counted[slot] = count[slot]
+            reach[slot] += poll
         for slot in finished:
             lengths[running.pop(slot)] = count[slot]
+            del counted[slot], reach[slot]
     return _completions(decoder, lengths, eos_token_ids)
 
 

@@ -197,6 +197,12 @@ def test_without_end_of_sequence_tokens_every_row_runs_to_the_limit(llama):
     assert [(len(c.token_ids), c.truncated) for c in found] == [(40, True)] * 9
 
 
+def test_each_row_may_have_its_own_limit(llama):
+    limits = [3, 1, 20, 8, 40, 2, 5, 30, 3]
+    found = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings(eos_token_ids=[], max_new_tokens=limits))
+    assert [c.token_ids for c in found] == [reference_greedy(llama, p, n, []) for p, n in zip(make_prompts(), limits)]
+
+
 def test_a_row_may_fill_the_context_window_to_the_last_token(llama):
     prompt = make_prompts([216])[0]
     (found,) = generate(llama, [prompt], temperatures=[0.0], **settings(eos_token_ids=[]))
@@ -216,6 +222,33 @@ def test_a_prompt_shared_by_arms_is_prefilled_once(llama):
     assert sorted(shape for shape in passes if shape[1] > 1) == [(1, 16), (1, 29)]
 
 
+def test_the_flash_kernel_is_told_each_rows_own_keys(llama, monkeypatch):
+    """What CUDA in bfloat16 does, with a plain attention in the kernel's place."""
+
+    def kernel(query, key, value, query_starts, key_starts, max_q, max_k, *, scale, seqused_k, **kwargs):
+        rows = []
+        for row, (start, used) in enumerate(zip(key_starts[:-1], seqused_k, strict=True)):
+            groups = query.shape[1] // key.shape[1]
+            keys, values = (states[start : start + used].repeat_interleave(groups, 1) for states in (key, value))
+            weights = torch.softmax(torch.einsum("hd,khd->hk", query[row], keys) * scale, -1)
+            rows.append(torch.einsum("hk,khd->hd", weights, values))
+        assert query_starts.tolist() == list(range(len(query) + 1)) and max_q == 1 and seqused_k.max() <= max_k
+        assert query_starts.dtype == key_starts.dtype == seqused_k.dtype == torch.int32
+        return (torch.stack(rows),)
+
+    init = Decoder.__init__
+
+    def with_flash(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.flash = True
+
+    plain = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
+    monkeypatch.setattr(Decoder, "__init__", with_flash)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
+    found = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
+    assert [completion.token_ids for completion in found] == [completion.token_ids for completion in plain]
+
+
 def test_no_prompts_no_completions(llama, tmp_path):
     assert generate(llama, [], temperatures=[], **settings()) == []
     assert generate_in_chunks(llama, [], tmp_path, chunk_size=2, **settings()) == []
@@ -229,6 +262,7 @@ def test_no_prompts_no_completions(llama, tmp_path):
         ([[5], [6]], [1.0, -0.1], {}, "temperature -0.1 of prompt 1"),
         ([[5]], [float("nan")], {}, "temperature nan of prompt 0"),
         ([[5]], [1.0, 1.0], {}, "2 temperatures for 1 prompts"),
+        ([[5]], [1.0], {"max_new_tokens": [3, 3]}, "2 max_new_tokens for 1 prompts"),
         ([[5]], [1.0], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[5]], [1.0], {"batch_size": 0}, "batch_size is 0"),
     ],
@@ -333,15 +367,15 @@ def test_a_damaged_chunk_is_generated_again(llama, tmp_path, count_runs, damage)
 
 
 def test_a_chunk_of_other_requests_or_settings_is_not_mistaken(llama, tmp_path, count_runs):
-    run_chunks(llama, tmp_path)
+    run_chunks(llama, tmp_path, max_new_tokens=3)
     requests = make_requests()
     requests[2] = Request(requests[2].prompt, 0.9)
     count_runs.clear()
-    run_chunks(llama, tmp_path, requests)
+    run_chunks(llama, tmp_path, requests, max_new_tokens=3)
     assert count_runs == [2]
-    for overrides in ({"seed": 4}, {"max_new_tokens": 39}, {"eos_token_ids": [7]}, {"batch_size": 3}):
+    for overrides in ({"seed": 4}, {"max_new_tokens": 2}, {"eos_token_ids": [7]}, {"batch_size": 3}):
         count_runs.clear()
-        run_chunks(llama, tmp_path, requests, **overrides)
+        run_chunks(llama, tmp_path, requests, **{"max_new_tokens": 3} | overrides)
         assert count_runs == [2, 2, 2, 2, 1], overrides
 
 
@@ -401,7 +435,8 @@ def test_gpu_throughput_beats_generate_at_a_small_models_shape(capsys):
     ids = torch.tensor(prompts, device="cuda")
 
     def ours():
-        generate(model, prompts, temperatures=[0.5] * 256, **settings(max_new_tokens=128, eos_token_ids=[], batch_size=256))
+        same_work = settings(max_new_tokens=128, eos_token_ids=[], batch_size=256)
+        generate(model, prompts, temperatures=[0.5] * 256, **same_work)
 
     def theirs():
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, min_new_tokens=128, max_new_tokens=128)
