@@ -24,7 +24,7 @@ PREDICTION_FIELDS = {
 def judge(row: dict[str, Any], text: str, num_tokens: int, truncated: bool) -> dict[str, Any]:
     """The predictions row of an answer: what was asked, what was written, and whether it is right.
 
-    row: a question with `id`, `question` and `gold_answer`. text: the answer, what the template gave the model included.
+    row: a question with `id`, `question` and `gold_answer`. text: the answer, what the template prefilled included.
     truncated: no end of sequence came. An unclosed <think> counts as truncated whatever ended it.
     """
     answer = extract_answer(text)
@@ -40,7 +40,7 @@ def evaluation_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The four figures with 95% Wilson intervals, each as value, low and high; n, truncation rate, mean tokens.
 
     accuracy: `correct` of the rows, by our parser. strict_match, flexible_extract: lm-evaluation-harness's two filters
-    on the same texts. format_rate: answers in the form that the prompt asks for. All are fractions, rounded to 6 digits.
+    on the same texts. format_rate: answers in the form that the prompt asks for. Fractions, rounded to 6 digits.
     Raises ValueError if there are no predictions.
     """
     n = len(predictions)

@@ -159,8 +159,10 @@ def verdict(summary: dict[str, Any], pair: str) -> str:
     size = f"{100 * test['difference']:+.1f} points ({_range(test, '+')}, p {_equals(test['p_value'])})"
     if test["p_value"] < 0.05:
         return f"{new} is {'above' if test['difference'] > 0 else 'below'} {old}: {size}."
-    return (f"No difference shown between {new} and {old}: {size}. "
-            f"A true difference of {100 * test['detectable']:.1f} points would show in 80% of such tests.")
+    text = f"No difference shown between {new} and {old}: {size}."
+    if test["gained"] + test["lost"] == 0 or test["detectable"] >= 1:
+        return text  # too few questions that differ for the approximation to say anything
+    return f"{text} A true difference of {100 * test['detectable']:.1f} points would show in 80% of such tests."
 
 
 def p_text(p_value: float) -> str:

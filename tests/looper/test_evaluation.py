@@ -56,7 +56,7 @@ def test_an_unclosed_think_is_truncated(text, ended_early, truncated):
 
 
 def test_the_four_figures_by_hand():
-    """Texts on which the figures differ: #### with decimals (ours alone), and none but the last number (flexible and ours)."""
+    """Texts that the figures read differently: a #### with decimals, a last number, an open think block."""
     texts = ["9+9\n#### 18", "9+9\n#### 18.00", "that makes 18", "that makes 17", "#### 20", "<think>9+9=18"]
     tokens = [10, 20, 30, 40, 50, 61]
     metrics = evaluation_metrics([judge(ROW, text, count, False) for text, count in zip(texts, tokens, strict=True)])

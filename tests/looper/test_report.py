@@ -135,7 +135,13 @@ def test_table_shows_every_figure(summary):
 
 
 def test_verdicts_claim_no_more_than_the_test_shows(summary):
-    assert verdict(summary, "ppo_vs_base").startswith("No difference shown between PPO and Base: +20.0 points")
+    assert verdict(summary, "ppo_vs_base") == (
+        "No difference shown between PPO and Base: +20.0 points (-20.0 to +60.0, p = 0.62). "
+        "A true difference of 56.0 points would show in 80% of such tests.")  # (1.960 + 0.842) · √4 / 10
+    same = copy.deepcopy(summary)
+    same["paired"]["ppo_vs_base"] |= {"gained": 0, "lost": 0, "difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert verdict(same, "ppo_vs_base") == (
+        "No difference shown between PPO and Base: +0.0 points (+0.0 to +0.0, p = 1.00).")
     clear = copy.deepcopy(summary)
     clear["paired"]["ppo_vs_base"] |= {"p_value": 0.00001, "difference": -0.2, "low": -0.3, "high": -0.1}
     assert verdict(clear, "ppo_vs_base") == "PPO is below Base: -20.0 points (-30.0 to -10.0, p < 0.0001)."
