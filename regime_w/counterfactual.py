@@ -3,18 +3,19 @@
 GSM8K annotates each calculation of an answer as `<<expr=value>>`. The chain of these is executed anew with the changed
 number; a counterfactual is made only where the new answer is certain (design.md, section 5). What makes it so:
 
-- the number stands once in the question, in digits, is at least 5 (smaller ones count people and things listed by name),
-  and is no percentage, fraction, decimal, ratio, time, label, or fact of the world ("7 days a week");
-- the calculations use it, and every other number in them is known: from the question, from an earlier calculation, or
+- the number stands once in the question, in digits, is at least 3, and is no percentage, fraction, decimal, ratio, time,
+  label, or fact of the world ("7 days a week");
+- a calculation uses it once, and every other number in them is known: from the question, from an earlier calculation, or
   implied by a word ("dozen"), so that no step was done in the solver's head;
 - no number in a calculation can be read in two ways that now differ;
-- every value keeps its sign, stays an integer where it was one, and stays within a factor of three; the answer changes.
+- every value stays positive, an integer where it was one, and within a factor of three; the answer changes;
+- values keep their order where that can be had, and always where the question compares ("at least", "the cheapest").
 """
 
 import random
 import re
-from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from regime_w.answers import canonical
@@ -37,8 +38,29 @@ class Step(NamedTuple):
     value: Fraction
 
 
-SMALLEST = 5
-_STEP = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+class Move(NamedTuple):
+    """A value before and after the change."""
+
+    before: Fraction
+    after: Fraction
+
+
+TRIES = 60  # new numbers that are tried for one quantity
+FACTOR = 3  # within which every calculated value stays
+SMALLEST, PREFERRED = 3, 5  # small numbers often count people and things listed by name: they change only if no other can
+# A rule that a number switches on, a superlative, a room that can be full: the calculations show only the case that holds
+_COMPARES = re.compile(
+    r"\b(?:at (?:least|most)|exceed\w*|minimum|maximum|limit\w*|overtime|whichever|most|least|median|prime|rounded|"
+    r"(?:high|low|cheap|long|short|tall|bigg|larg|small|old|young|fast|slow|heavi|light|great|few|clos|earli|lat)est|"
+    r"(?:over|more than|less than|above|below|under|beyond) \$?[0-9]|capacity|hold|holds|full|fill\w*|pool|tank|container)\b",
+    re.IGNORECASE)
+_SYMBOLS = str.maketrans({"\u00d7": "*", "\u2212": "-", "\u2013": "-", "\u00f7": "/", "$": None, ",": None})
+_TIMES = re.compile(r"(?<=[0-9 )])[xX](?=[ (0-9])")
+_NUMBER = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_UNIT = r"(?:[ -]?[A-Za-z]++(?:/[A-Za-z]++)*+){0,3}+"  # possessive: no backtracking into words
+_STEP = re.compile(rf"<<(?P<annotated>[^<>=]*)=(?P<value>[^<>=]*)>>"
+                   rf"|(?P<prose>{_NUMBER}{_UNIT}(?: ?[-+*/] ?{_NUMBER}{_UNIT})+) ?= ?(?P<result>{_NUMBER})")
+_WORD = re.compile(r"[ -]?[A-Za-z]+(?:/[A-Za-z]+)*")
 _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 _GOLD = re.compile(r"####\s*(-?[0-9,]+)\s*$")
 
@@ -52,31 +74,39 @@ def make_counterfactual(question: str, answer: str, seed: int) -> Counterfactual
     chain = read_chain(answer)
     if chain is None:
         return None
-    quantities = read_quantities(question)
-    implied = implied_constants(question, answer)
-    random_ = random.Random(f"{seed} {question}")
+    quantities, implied = read_quantities(question), implied_constants(question, answer)
+    known = implied | {each.value for each in quantities}
     candidates = [each for each in quantities if _may_change(each, quantities, implied, chain)]
-    for each in random_.sample(candidates, len(candidates)):
-        alike = _alike(int(each.value))
-        for new in random_.sample(alike, min(len(alike), 100)):
-            gold = _execute(chain, quantities, implied, {each.value: Fraction(new)})
-            if gold is not None and all(new != other.value for other in quantities):
-                return _changed(question, each, new, gold)
-    return None
+    random_ = random.Random(f"{seed} {question}")
+    fallback = None
+    for each in sorted(random_.sample(candidates, len(candidates)), key=lambda each: each.value < PREFERRED):
+        for new in _alike(int(each.value), random_):
+            moved = execute(chain, known, {each.value: Fraction(new)})
+            if moved is None or any(new == other.value for other in quantities):
+                continue
+            made = _changed(question, {each: new}, moved[-1].after)
+            if keeps_order(moved, quantities, {each.value: Fraction(new)}):
+                return made
+            fallback = fallback or made
+    return None if _COMPARES.search(question) else fallback
 
 
 def read_chain(answer: str) -> list[Step] | None:
-    """The annotated calculations of a GSM8K answer, in order.
+    """The calculations of a GSM8K answer in order: the annotated ones, and those in its prose ('3 + 4 = 7').
 
-    None if there are none, one is not arithmetic or not equal to its value, or the last is not the gold answer.
+    None if there are none, an annotated one is not arithmetic or not equal to its value, or the last is not the gold answer.
     """
     gold = _GOLD.search(answer)
     steps = []
-    for expression, stated in _STEP.findall(answer):
-        tokens, value = tokenize(expression), tokenize(stated)
-        if tokens is None or value is None or evaluate(tokens) is None or evaluate(tokens) != evaluate(value):
+    for found in _STEP.finditer(_TIMES.sub("*", answer.translate(_SYMBOLS))):
+        annotated = found["prose"] is None
+        tokens = tokenize(found["annotated"] if annotated else _WORD.sub("", found["prose"]))
+        stated = tokenize(found["value"] if annotated else found["result"])
+        value = evaluate(tokens) if tokens else None
+        if value is not None and stated and value == evaluate(stated):
+            steps.append(Step(tokens, value))
+        elif annotated:
             return None
-        steps.append(Step(tokens, evaluate(tokens)))
     return steps if gold and steps and steps[-1].value == int(gold[1].replace(",", "")) else None
 
 
@@ -133,43 +163,58 @@ def _may_change(each: Quantity, quantities: list[Quantity], implied: set[Fractio
     return (
         each.changeable and each.value >= SMALLEST and each.value not in implied
         and sum(other.value == each.value for other in quantities) == 1
-        and any(each.value in step.tokens for step in chain)
+        and max(step.tokens.count(each.value) for step in chain) == 1
         and all(each.value != step.value for step in chain)
     )
 
 
-def _alike(number: int) -> list[int]:
-    """Other numbers of alike magnitude: as many digits, within a factor of two, about as round."""
+def _alike(number: int, random_: random.Random) -> list[int]:
+    """Other numbers of alike magnitude, shuffled: as many digits, within a factor of two, about as round."""
     step = max(1, 10 ** (len(str(number)) - len(str(number).rstrip("0"))) // 10)
-    return [new for new in range(number - number // 2 // step * step, 2 * number + 1, step)
-            if new != number and new >= SMALLEST and len(str(new)) == len(str(number))]
+    alike = [new for new in range(number - number // 2 // step * step, 2 * number + 1, step)
+             if new != number and new >= SMALLEST and len(str(new)) == len(str(number))]
+    return random_.sample(alike, min(len(alike), TRIES))
 
 
-def _execute(chain: list[Step], quantities: list[Quantity], implied: set[Fraction],
-             changes: dict[Fraction, Fraction]) -> Fraction | None:
-    """The last value of the chain after `changes`; None if it is not certain or does not change."""
-    known = {value: {value} for value in implied | {each.value for each in quantities}}
-    known |= {old: {new} for old, new in changes.items()}
-    value = None
+def execute(chain: list[Step], known: set[Fraction], changes: dict[Fraction, Fraction]) -> list[Move] | None:
+    """What becomes of every value of the chain after `changes`; None if that is not certain, or the last stays.
+
+    known: the values that calculations may use before any is calculated.
+    """
+    meanings = {value: {changes.get(value, value)} for value in known}
+    moved = []
     for step in chain:
         tokens = []
         for token in step.tokens:
-            meanings = {token} if isinstance(token, str) else known.get(token, set())
-            if len(meanings) != 1:  # unknown, or known in two ways that now differ
+            options = {token} if isinstance(token, str) else meanings.get(token, set())
+            if len(options) != 1:  # unknown, or known in two ways that now differ
                 return None
-            tokens.extend(meanings)
+            tokens.extend(options)
         value = evaluate(tokens)
         if value is None or not _alike_value(step.value, value):
             return None
-        known.setdefault(step.value, set()).add(value)
-    return value if value != chain[-1].value else None
+        meanings.setdefault(step.value, set()).add(value)
+        moved.append(Move(step.value, value))
+    return moved if moved[-1].before != moved[-1].after else None
+
+
+def keeps_order(moved: list[Move], quantities: list[Quantity], changes: dict[Fraction, Fraction]) -> bool:
+    """Whether any two values, stated or calculated, compare as they did before."""
+    stated = {Move(each.value, changes.get(each.value, each.value)) for each in quantities}
+    return all(a.after < b.after or a.before == b.before for a, b in pairwise(sorted({*moved, *stated})))
 
 
 def _alike_value(old: Fraction, new: Fraction) -> bool:
-    return old.denominator % new.denominator == 0 and (new == old == 0 or (new > 0 and old / 3 <= new <= old * 3))
+    return old.denominator % new.denominator == 0 and (new == old == 0 or (new > 0 and old / FACTOR <= new <= old * FACTOR))
 
 
-def _changed(question: str, each: Quantity, new: int, gold: Fraction) -> Counterfactual:
-    old_text = question[each.start:each.end]
-    new_text = f"{new:,}" if "," in old_text else str(new)
-    return Counterfactual(question[:each.start] + new_text + question[each.end:], canonical(gold), old_text, new_text)
+def _changed(question: str, changes: dict[Quantity, int], gold: Fraction) -> Counterfactual:
+    """The question with every quantity of `changes` replaced; each is written as it was, with or without commas."""
+    text, old_texts, new_texts = question, [], []
+    for each, new in sorted(changes.items(), key=lambda change: change[0].start, reverse=True):
+        old_text = question[each.start:each.end]
+        new_text = f"{new:,}" if "," in old_text else str(new)
+        text = text[:each.start] + new_text + text[each.end:]
+        old_texts.insert(0, old_text)
+        new_texts.insert(0, new_text)
+    return Counterfactual(text, canonical(gold), "; ".join(old_texts), "; ".join(new_texts))

@@ -45,10 +45,11 @@ _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:%|percent|per cent)", re.IGNO
 _TIME = r"(?:second|minute|hour|day|night|week|month|year)s?"
 # Before a number: it is part of another, a label or a date
 _LABEL = re.compile(r"(?:[\w.#/:,-]|\b(?:grade|chapter|page|room|number|no|size|level|route|apartment|class|season|episode|"
-                    r"section|version|in|since|year|day|week|age|born|jan\w*|feb\w*|march|apr\w*|may|june?|july?|aug\w*|"
+                    r"section|version|year|day|week|age|jan\w*|feb\w*|march|apr\w*|may|june?|july?|aug\w*|"
                     r"sep\w*|oct\w*|nov\w*|dec\w*)\.?\s)$", re.IGNORECASE)
+_YEAR = re.compile(r"\b(?:in|since|by|from|until|to|and|of|before|after)\s$", re.IGNORECASE)
 # Behind a number: a percentage, fraction, ratio, time, ordinal, range or decimal; or a fact of the world
-_BOUND = re.compile(rf"\s?(?:%|percent\b|per cent\b|/|:|[ap]\.?m\b|o'clock)|[,.]?[0-9]|-[0-9]|(?:st|nd|rd|th)\b|\s?to [0-9]"
+_BOUND = re.compile(rf"\s?(?:%|percent\b|per cent\b|[/:]\s?[0-9]|[ap]\.?m\b|o'clock)|[,.]?[0-9]|-[0-9]|(?:st|nd|rd|th)\b|\s?to [0-9]"
                     rf"|[\s-]{_TIME} (?:a|an|per|each|every|in|of|out of)(?: the| a| an| each| one)? {_TIME}\b"
                     rf"|[\s-](?:sides?|sided|legs|wheels|fingers|letters|cards)\b", re.IGNORECASE)
 
@@ -58,8 +59,10 @@ def read_quantities(question: str) -> list[Quantity]:
     quantities = []
     for found in _NUMBER.finditer(question):
         value = Fraction(found[0].replace(",", ""))
-        free = value.denominator == 1 and "." not in found[0] and not _BOUND.match(question, found.end())
-        quantities.append(Quantity(value, *found.span(), free and not _LABEL.search(question[:found.start()])))
+        before = question[max(0, found.start() - 20):found.start()]
+        free = not ("." in found[0] or _BOUND.match(question, found.end()) or _LABEL.search(before)
+                    or _YEAR.search(before) and 1500 <= value <= 2100)
+        quantities.append(Quantity(value, *found.span(), free))
     for found in _WORDED.finditer(question):
         words = [word for word in re.split(r"[\s-]+", found[0].lower()) if word != "and"]
         parts = {Fraction(WORDS.get(word, SCALES.get(word, 0))) for word in words}
