@@ -167,9 +167,9 @@ def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First index [rows, 1] whose cumulative sum exceeds the target, which rounding must not push past either end."""
-    target = target[:, None].clamp(min=0).minimum(cumulative[:, -1:] * (1 - 1e-12))
-    return (cumulative <= target).sum(-1, keepdim=True)
+    """First index [rows, 1] whose cumulative sum exceeds the target: never one of weight 0, not even where rounding
+    left the target just below 0."""
+    return (cumulative <= target[:, None].clamp(min=0)).sum(-1, keepdim=True)
 
 
 def choose(

@@ -2,13 +2,14 @@
 
 import json
 import time
+from functools import cache
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from looper import generation
-from looper.decoding import Decoder, choose, draw
+from looper.decoding import Decoder, choose, decoding_mode, draw
 from looper.generation import Completion, Request, generate, generate_in_chunks
 
 EOS = [7, 8, 9, 10, 11]
@@ -48,13 +49,18 @@ def settings(**overrides):
 
 
 def reference_greedy(model, prompt, max_new_tokens, eos_token_ids):
+    return _reference_greedy(model, tuple(prompt), max_new_tokens, tuple(eos_token_ids))
+
+
+@cache
+def _reference_greedy(model, prompt, max_new_tokens, eos_token_ids):
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_ids or None,
+        eos_token_id=list(eos_token_ids) or None,
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
@@ -151,6 +157,17 @@ def test_draw_at_the_ends_takes_tokens_of_positive_probability():
     assert draw(probabilities, ends).tolist() == [310, 320]
 
 
+def test_draw_on_block_borders_takes_tokens_of_positive_probability():
+    generator = torch.Generator().manual_seed(5)
+    exponents = torch.rand(200, 8, 256, generator=generator) * -12
+    weights = (10**exponents * (torch.arange(256) >= 100)).flatten(1)  # each block begins with impossible tokens
+    mass = weights.view(200, 8, 256).sum(-1).double().cumsum(-1)
+    for border in range(8):
+        uniforms = mass[:, border - 1] / mass[:, -1] if border else torch.zeros(200, dtype=torch.float64)
+        tokens = draw(weights, uniforms)
+        assert (weights.gather(1, tokens[:, None]) > 0).all()
+
+
 def test_choose_reports_the_logprob_of_the_scaled_distribution():
     logits = torch.tensor([[0.0, 1.0, 3.0], [0.0, 1.0, 3.0]])
     tokens, logprobs = choose(logits, torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.0], dtype=torch.float64))
@@ -209,7 +226,7 @@ def test_a_row_may_fill_the_context_window_to_the_last_token(llama):
     assert found.token_ids == reference_greedy(llama, prompt, 40, [])
 
 
-def test_a_prompt_shared_by_arms_is_prefilled_once(llama):
+def test_a_prompt_shared_by_arms_is_prefilled_once_a_chunk(llama, tmp_path):
     shared, other = make_prompts()[2], make_prompts()[4]
     passes = []
     hook = llama.base_model.register_forward_pre_hook(
@@ -217,9 +234,13 @@ def test_a_prompt_shared_by_arms_is_prefilled_once(llama):
     )
     try:
         generate(llama, [shared, other] * 4, temperatures=[1.0] * 8, **settings(batch_size=3))
+        assert sorted(shape for shape in passes if shape[1] > 1) == [(1, 16), (1, 29)]
+        passes.clear()
+        # Not across chunks: what a chunk computes must not depend on whether the one before it was run or read.
+        generate_in_chunks(llama, [Request(shared, 1.0)] * 8, tmp_path, chunk_size=4, **settings())
+        assert [shape for shape in passes if shape[1] > 1] == [(1, 16)] * 2
     finally:
         hook.remove()
-    assert sorted(shape for shape in passes if shape[1] > 1) == [(1, 16), (1, 29)]
 
 
 def test_the_flash_kernel_is_told_each_rows_own_keys(llama, monkeypatch):
@@ -247,6 +268,22 @@ def test_the_flash_kernel_is_told_each_rows_own_keys(llama, monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
     found = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
     assert [completion.token_ids for completion in found] == [completion.token_ids for completion in plain]
+
+
+def test_slots_keep_account_of_the_prompts_they_hold(llama):
+    """A prompt is copied from a slot that is refilled in the same breath, not from one that another row moved into."""
+    first, second, third, fourth = (make_prompts()[index] for index in (2, 4, 5, 6))
+    with decoding_mode(llama):
+        decoder = Decoder(llama, slots=4, max_length=64, rows=8, max_new_tokens=8, eos_token_ids=[])
+        decoder.start(8, seed=0, sampling=False)
+        decoder.admit([0, 2, 3], [0, 1, 2], [first, fourth, third], [0.0] * 3, [8] * 3)
+        decoder.move([3], [2], 64)  # onto row 1, as if that had finished
+        decoder.admit([3], [3], [fourth], [0.0], [8])
+        decoder.admit([0, 1], [4, 5], [second, first], [0.0] * 2, [8] * 2)  # as if row 0 had finished
+        for _ in range(8):
+            decoder.step(4, 64)
+    for row, prompt in {2: third, 3: fourth, 4: second, 5: first}.items():
+        assert decoder.tokens[row, :8].tolist() == reference_greedy(llama, prompt, 8, []), row
 
 
 def test_no_prompts_no_completions(llama, tmp_path):
@@ -320,6 +357,11 @@ def test_chunks_keep_the_order_and_hold_what_generate_gives(llama, tmp_path):
     for request, completion in zip(make_requests(), found):
         expected = teacher_forced(llama, request.prompt, completion, request.temperature)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-5)
+
+
+def test_each_chunk_has_samples_of_its_own(llama, tmp_path):
+    found = run_chunks(llama, tmp_path, [Request(make_prompts()[2], 1.0)] * 4)
+    assert found[:2] != found[2:]
 
 
 def test_after_a_kill_finished_chunks_stay_and_the_result_is_the_same(llama, tmp_path, monkeypatch, count_runs):
