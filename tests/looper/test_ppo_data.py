@@ -128,8 +128,8 @@ def test_platinum_values_are_the_defaults():
 @pytest.mark.parametrize("change", [
     {"credit": "arms"}, {"learning_rate": 0.0}, {"batch_size": 0}, {"batch_size": 6}, {"mini_batch_size": -1},
     {"ppo_epochs": 0}, {"epochs": 0}, {"max_grad_norm": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0},
-    {"value_clip": 0.0}, {"value_coef": -0.1}, {"gamma": 1.1}, {"lam": -0.1}, {"off_policy": "is"}, {"importance_cap": 0.0},
-    {"save_steps": 0}, {"seed": -1}])
+    {"value_clip": 0.0}, {"value_coef": -0.1}, {"gamma": 1.1}, {"lam": -0.1}, {"off_policy": "is"},
+    {"importance_cap": 0.0}, {"save_steps": 0}, {"seed": -1}])
 def test_impossible_settings_name_their_key(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         PPOSettings(**change)

@@ -3,15 +3,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from looper import ppo_math
 from looper.ppo_data import COMPONENTS, PPOSample, collate
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
-from tests.looper.ppo_helpers import (KillAt, Killed, Recorder, assert_same_bits, make_model, make_samples,
-                                      naive_logprobs, run)
+from tests.looper.ppo_helpers import (KillAt, Killed, Recorder, assert_same_bits, make_model, make_nf4_model,
+                                      make_samples, naive_logprobs, run, with_lora)
 
 
 def test_log_probabilities_of_a_padded_batch_are_those_of_each_sample_alone():
@@ -71,21 +70,13 @@ def test_a_frozen_adapter_and_a_trained_head_are_refused():
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def make_gpu_model(folder, quantised, layers=4):
-    """A Llama in bfloat16, or quantised to NF4 on the way from disk, with LoRA as after SFT."""
+def make_gpu_model(folder, quantised):
+    config = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
+                  num_attention_heads=8, num_key_value_heads=4)
+    if quantised:
+        return make_nf4_model(folder, "cuda", 0.02, **config)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
-                         num_attention_heads=8, num_key_value_heads=4)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.bfloat16)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cuda"},
-                                             quantization_config=nf4 if quantised else None)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    return with_lora(LlamaForCausalLM(LlamaConfig(**config)).to("cuda", torch.bfloat16), 0.02)
 
 
 def make_gpu_samples(count=10):

@@ -13,8 +13,8 @@ from looper.ppo import VALUE_HEAD, NonFiniteError, PPOSample
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import KLSettings, PPOSettings
 from looper.ppo_trainer import OfflinePPOTrainer
-from tests.looper.ppo_helpers import (QUICK, KillAt, Killed, Recorder, assert_same_bits, make_model, make_samples,
-                                      naive_logprobs, run, trainable)
+from tests.looper.ppo_helpers import (QUICK, KillAt, Killed, Recorder, assert_same_bits, make_model, make_nf4_model,
+                                      make_samples, naive_logprobs, run, trainable)
 
 GLOSSARY = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -32,9 +32,9 @@ class Spy(OfflinePPOTrainer):
         return batch
 
 
-@pytest.mark.parametrize("settings, dtype", [
-    (QUICK, torch.float32), (QUICK, torch.bfloat16), (replace(QUICK, gradient_checkpointing=True), torch.bfloat16)])
-def test_ratio_is_exactly_one_on_the_first_mini_batch_and_the_first_kl_is_zero(tmp_path, settings, dtype, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+def test_first_ratio_is_exactly_one_and_first_kl_zero(tmp_path, monkeypatch, kind, checkpointing):
     ratios = []
     plain = ppo_math.policy_loss
 
@@ -44,7 +44,8 @@ def test_ratio_is_exactly_one_on_the_first_mini_batch_and_the_first_kl_is_zero(t
 
     monkeypatch.setattr(ppo_math, "policy_loss", spy)
     recorder = Recorder()
-    run(tmp_path, settings, model=make_model(dtype), callbacks=[recorder])
+    model = make_nf4_model(tmp_path / "base") if kind == "nf4" else make_model(getattr(torch, kind))
+    run(tmp_path / "run", replace(QUICK, gradient_checkpointing=checkpointing), model=model, callbacks=[recorder])
     assert (ratios[0] == 1).all()
     assert (ratios[1] != 1).any()  # the policy moved
     assert (ratios[4] == 1).all()  # the second batch starts with its own old policy
@@ -236,7 +237,8 @@ def test_logs_and_summary_hold_what_the_glossary_defines(tmp_path):
     assert len(recorder.batches) == 2  # one entry a PPO batch
     glossary = GLOSSARY.read_text(encoding="utf-8")
     wanted = {"reward", "s_end", "s_path", "s_cf", "s_wm", "kl", "beta", "clip_fraction", "entropy", "approx_kl",
-              "value_loss", "explained_variance", "policy_loss", "grad_norm", "ess", "response_tokens", "tokens_per_second"}
+              "value_loss", "explained_variance", "policy_loss", "grad_norm", "ess", "response_tokens",
+              "tokens_per_second"}
     assert wanted <= recorder.batches[0].keys()
     for name in recorder.batches[0].keys() | metrics.keys():
         assert f"| `{name}` |" in glossary, name
@@ -308,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_ids(tmp_path, monkeypa
 def test_a_broken_policy_is_found_before_training(tmp_path):
     model = make_model()
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("inf"))
+        next(p for n, p in model.named_parameters() if "down_proj.lora_B" in n).fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="log-probability"):
         run(tmp_path, model=model)
     assert not (tmp_path / VALUE_HEAD).exists() and not (tmp_path / "reference.safetensors").exists()
