@@ -159,8 +159,9 @@ def test_draw_at_the_ends_takes_tokens_of_positive_probability():
 
 def test_draw_on_block_borders_takes_tokens_of_positive_probability():
     generator = torch.Generator().manual_seed(5)
-    exponents = torch.rand(200, 8, 256, generator=generator) * -12
-    weights = (10**exponents * (torch.arange(256) >= 100)).flatten(1)  # each block begins with impossible tokens
+    scales = 10 ** (torch.rand(200, 8, 1, generator=generator) * -12)
+    weights = torch.rand(200, 8, 256, generator=generator) * (torch.arange(256) >= 100)  # blocks begin with zeros
+    weights = (weights * scales).flatten(1)
     mass = weights.view(200, 8, 256).sum(-1).double().cumsum(-1)
     for border in range(8):
         uniforms = mass[:, border - 1] / mass[:, -1] if border else torch.zeros(200, dtype=torch.float64)
