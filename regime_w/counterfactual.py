@@ -7,6 +7,7 @@ number; a counterfactual is made only where the new answer is certain (design.md
   label, or fact of the world ("7 days a week");
 - a calculation uses it once, and every other number in them is known: from the question, from an earlier calculation, or
   implied by a word ("dozen"), so that no step was done in the solver's head;
+- every plain number of the question is used, so that none is redundant, and the answer overlooks none;
 - no number in a calculation can be read in two ways that now differ;
 - every value stays positive, an integer where it was one, and within a factor of three; the answer changes;
 - values keep their order where that can be had, and always where the question compares ("at least", "the cheapest").
@@ -75,6 +76,9 @@ def make_counterfactual(question: str, answer: str, seed: int) -> Counterfactual
     if chain is None:
         return None
     quantities, implied = read_quantities(question), implied_constants(question, answer)
+    used = {token for step in chain for token in step.tokens}
+    if any(each.changeable and each.value not in used for each in quantities if each.value != 1):
+        return None  # a number left aside: either it says something redundant, or the answer overlooks it
     known = implied | {each.value for each in quantities}
     candidates = [each for each in quantities if _may_change(each, quantities, implied, chain)]
     random_ = random.Random(f"{seed} {question}")
