@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from looper.files import sha256
-from looper.jsonl import read_jsonl
+from looper.jsonl import check_row, read_jsonl
 from looper.params import HubData, PathData, SampleData
 from looper.sample_problems import generate
 from regime_w.counterfactual import make_counterfactual
 
 ROW = {"question": str, "answer": str}
 ANNOTATION = re.compile(r"<<[^<>]*>>")
-GOLD = re.compile(r"####\s*(-?[\d,]+)\s*$")
+GOLD = re.compile(r"####\s*(-?\d[\d,]*)\s*$", re.ASCII)
 
 
 def prepare(settings: HubData | PathData | SampleData) -> tuple[dict[str, list[dict]], list[dict], dict[str, Any]]:
@@ -34,8 +34,7 @@ def prepare(settings: HubData | PathData | SampleData) -> tuple[dict[str, list[d
         train, dev = divide(_rows(official, "train", dropped), settings.dev_share, settings.seed)
         parts = {"train": train, "dev": dev, "test": _rows(test, "test", dropped)}
     refuse_overlap(parts)
-    seeded = settings.seed
-    counterfactuals = [row for split in ("train", "dev") for row in _counterfactuals(parts[split], split, seeded)]
+    counterfactuals = [row for split in ("train", "dev") for row in _counterfactuals(parts[split], split, settings.seed)]
     return parts, counterfactuals, _metrics(parts, counterfactuals, dropped)
 
 
@@ -102,7 +101,8 @@ def _read_path(settings: PathData) -> tuple[list[dict], list[dict]]:
             raise ValueError(f"prepare.path: {file} is not here; put GSM8K's train.jsonl and test.jsonl into {folder}/, "
                              "or set prepare.source to hub or sample")
         if expected and (found := sha256(file)) != expected:
-            raise ValueError(f"{file}: sha256 {found}, prepare.{name}_sha256 says {expected}; nothing written")
+            raise ValueError(f"{file}: sha256 {found}, prepare.{name}_sha256 says {expected}; nothing written; "
+                             "fetch the file again, or set the hash of the file you mean")
     return read_jsonl(folder / "train.jsonl", ROW), read_jsonl(folder / "test.jsonl", ROW)
 
 
@@ -110,4 +110,8 @@ def _read_hub(settings: HubData) -> tuple[list[dict], list[dict]]:
     from datasets import load_dataset
 
     loaded = load_dataset(settings.repo, settings.config, revision=settings.revision)
-    return loaded["train"].to_list(), loaded["test"].to_list()
+    parts = loaded["train"].to_list(), loaded["test"].to_list()
+    for split, rows in zip(("train", "test"), parts, strict=True):
+        for number, row in enumerate(rows):
+            check_row(row, ROW, f"{settings.repo} {settings.revision}, {split} row {number}")
+    return parts

@@ -34,7 +34,9 @@ class LiveMetrics(TrainerCallback):
         now, tokens = time.perf_counter(), logs.get("num_tokens")
         if tokens is not None:
             if self.since:
-                logs["tokens_per_second"] = (tokens - self.since[1]) / (now - self.since[0])
+                rate = {"tokens_per_second": (tokens - self.since[1]) / (now - self.since[0])}
+                logs.update(rate)
+                state.log_history[-1].update(rate)  # the Trainer has put a copy of `logs` there
             self.since = now, tokens
         self._write(logs, state.global_step)
 

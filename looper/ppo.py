@@ -1,6 +1,5 @@
 """Offline PPO as one library call: an SFT policy and scored rollouts in, an improved adapter out."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from looper.ppo_data import PPOSample, earns_alike, samples_from_rows
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
 from looper.ppo_trainer import VALUE_HEAD, NonFiniteError, OfflinePPOTrainer
+from looper.scratch import last_checkpoint
 
 __all__ = ["VALUE_HEAD", "NonFiniteError", "PPOSample", "earns_alike", "samples_from_rows", "train_ppo"]
 
@@ -32,19 +32,6 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
     with replacing(value_head_path) as temporary:
         save_file(trainer.model.value_head.state_dict(), temporary)
     return summary(trainer)
-
-
-def last_checkpoint(scratch: Path) -> str | None:
-    """The newest checkpoint that was written to its end; None if there is none."""
-    def is_whole(folder: Path) -> bool:
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes this one last
-        except (OSError, json.JSONDecodeError):
-            return False
-        return True
-
-    folders = sorted((scratch / "checkpoints").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
-    return next((str(folder) for folder in reversed(folders) if is_whole(folder)), None)
 
 
 def summary(trainer: OfflinePPOTrainer) -> dict[str, float | int | bool]:

@@ -4,6 +4,7 @@ DVC deletes a stage's outputs before it runs the stage, so checkpoints and finis
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,19 @@ def scratch(stage: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(folder)
+
+
+def last_checkpoint(scratch: Path) -> str | None:
+    """The newest of the Trainer's checkpoints in `scratch`/checkpoints that was written to its end; None if there is none."""
+    def is_whole(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes this one last
+        except (OSError, ValueError):
+            return False
+        return True
+
+    checkpoints = sorted((scratch / "checkpoints").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
+    return next((str(each) for each in reversed(checkpoints) if is_whole(each)), None)
 
 
 def inputs_hash(stage: str) -> str:
