@@ -10,7 +10,8 @@ from looper.ppo_data import COMPONENTS, PPOSample, collate
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
 from tests.looper.ppo_helpers import (KillAt, Killed, Recorder, assert_same_bits, make_model, make_nf4_model,
-                                      make_samples, naive_logprobs, run, with_lora)
+                                      make_samples, naive_logprobs, run, trainable,
+                                      with_lora)
 
 
 def test_log_probabilities_of_a_padded_batch_are_those_of_each_sample_alone():
@@ -51,7 +52,10 @@ def test_gradient_checkpointing_recomputes_the_layers_and_changes_nothing():
 
 
 def test_only_adapter_and_value_head_are_trained_in_float32_on_a_bfloat16_base():
-    policy = PolicyWithValue(make_model(torch.bfloat16), False)
+    model = make_model(torch.bfloat16)
+    for parameter in trainable(model):
+        model.get_parameter(parameter).data = model.get_parameter(parameter).data.bfloat16()
+    policy = PolicyWithValue(model, False)
     kinds = {("lora" in name or "value_head" in name, parameter.dtype, parameter.requires_grad)
              for name, parameter in policy.named_parameters()}
     assert kinds == {(True, torch.float32, True), (False, torch.bfloat16, False)}
