@@ -16,7 +16,7 @@ number; a counterfactual is made only where the new answer is certain (design.md
 import random
 import re
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from regime_w.answers import canonical
@@ -46,6 +46,10 @@ class Move(NamedTuple):
     after: Fraction
 
 
+NAMES = (
+    ("James", "John", "Tom", "Mark", "Jack", "David", "Peter", "Michael", "Robert", "Daniel", "Andrew", "Paul", "Steve"),
+    ("Mary", "Anna", "Lisa", "Sarah", "Emily", "Jane", "Jessica", "Maria", "Julia", "Kate", "Laura", "Susan", "Rachel"),
+)
 TRIES = 60  # new numbers that are tried for one quantity
 FACTOR = 3  # within which every calculated value stays
 SMALLEST, PREFERRED = 3, 5  # small numbers often count people and things listed by name: they change only if no other can
@@ -66,11 +70,12 @@ _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 _GOLD = re.compile(r"####\s*(-?[0-9,]+)\s*$")
 
 
-def make_counterfactual(question: str, answer: str, seed: int) -> Counterfactual | None:
+def make_counterfactual(question: str, answer: str, seed: int, numbers: int = 1) -> Counterfactual | None:
     """The question with one number changed, or None where no change is certain.
 
     answer: GSM8K's own, with its `<<expr=value>>` annotations and the `####` line.
     seed: decides, together with the question, which number changes and to what.
+    numbers: how many change at once; 2 and more are the harder kind, and the texts in the result are joined by '; '.
     """
     chain = read_chain(answer)
     if chain is None:
@@ -79,20 +84,38 @@ def make_counterfactual(question: str, answer: str, seed: int) -> Counterfactual
     used = {token for step in chain for token in step.tokens}
     if any(each.changeable and each.value not in used for each in quantities if each.value != 1):
         return None  # a number left aside: either it says something redundant, or the answer overlooks it
-    known = implied | {each.value for each in quantities}
-    candidates = [each for each in quantities if _may_change(each, quantities, implied, chain)]
+    stated = {each.value for each in quantities}
+    known = implied | stated
+    groups = list(combinations([each for each in quantities if _may_change(each, quantities, implied, chain)], numbers))
     random_ = random.Random(f"{seed} {question}")
     fallback = None
-    for each in sorted(random_.sample(candidates, len(candidates)), key=lambda each: each.value < PREFERRED):
-        for new in _alike(int(each.value), random_):
-            moved = execute(chain, known, {each.value: Fraction(new)})
-            if moved is None or any(new == other.value for other in quantities):
+    for group in sorted(random_.sample(groups, len(groups)), key=lambda group: min(group).value < PREFERRED):
+        for new in zip(*(_alike(int(each.value), random_) for each in group)):
+            changes = {each.value: Fraction(value) for each, value in zip(group, new)}
+            moved = execute(chain, known, changes)
+            if moved is None or stated.intersection(new) or len(set(new)) < numbers:
                 continue
-            made = _changed(question, {each: new}, moved[-1].after)
-            if keeps_order(moved, quantities, {each.value: Fraction(new)}):
+            made = _changed(question, group, new, moved[-1].after)
+            if keeps_order(moved, quantities, changes):
                 return made
             fallback = fallback or made
     return None if _COMPARES.search(question) else fallback
+
+
+def change_name(question: str, answer: str, seed: int) -> Counterfactual | None:
+    """The harder kind in which the answer must stay: a person's name is changed to another of the same pronoun.
+
+    None if the question holds none of the names in `NAMES`, or `answer` has no gold answer.
+    """
+    gold = _GOLD.search(answer)
+    words = set(re.findall(r"[A-Z][a-z]+", question))
+    present = [(name, names) for names in NAMES for name in names if name in words]
+    if not gold or not present:
+        return None
+    random_ = random.Random(f"{seed} {question}")
+    old, names = random_.choice(present)
+    new = random_.choice([name for name in names if name not in words])
+    return Counterfactual(re.sub(rf"\b{old}\b", new, question), str(int(gold[1].replace(",", ""))), old, new)
 
 
 def read_chain(answer: str) -> list[Step] | None:
@@ -212,13 +235,11 @@ def _alike_value(old: Fraction, new: Fraction) -> bool:
     return old.denominator % new.denominator == 0 and (new == old == 0 or (new > 0 and old / FACTOR <= new <= old * FACTOR))
 
 
-def _changed(question: str, changes: dict[Quantity, int], gold: Fraction) -> Counterfactual:
-    """The question with every quantity of `changes` replaced; each is written as it was, with or without commas."""
-    text, old_texts, new_texts = question, [], []
-    for each, new in sorted(changes.items(), key=lambda change: change[0].start, reverse=True):
-        old_text = question[each.start:each.end]
-        new_text = f"{new:,}" if "," in old_text else str(new)
+def _changed(question: str, group: tuple[Quantity, ...], new: tuple[int, ...], gold: Fraction) -> Counterfactual:
+    """The question with each quantity of `group`, in order of place, replaced; written as it was, with or without commas."""
+    old_texts = [question[each.start:each.end] for each in group]
+    new_texts = [f"{value:,}" if "," in old else str(value) for old, value in zip(old_texts, new)]
+    text = question
+    for each, new_text in reversed(list(zip(group, new_texts))):  # from the end, so that places before it stay
         text = text[:each.start] + new_text + text[each.end:]
-        old_texts.insert(0, old_text)
-        new_texts.insert(0, new_text)
     return Counterfactual(text, canonical(gold), "; ".join(old_texts), "; ".join(new_texts))
