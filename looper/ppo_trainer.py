@@ -67,6 +67,11 @@ class OfflinePPOTrainer(Trainer):
         # A dataset of step numbers: what a step trains on stands in the plan
         super().__init__(model=model, args=arguments, train_dataset=[{"step": i} for i in range(len(self.plan))],
                          data_collator=lambda steps: steps[0], callbacks=[_BatchEnds(self), *callbacks])
+        if settings.credit == "question":
+            # A critic that starts at 0 sees every reward as a surprise: GAE then credits the last tokens, whitening turns
+            # that into blame for the first ones, and the policy unlearns its own answers. The mean reward is the honest
+            # first guess.
+            torch.nn.init.constant_(model.value_head.bias, sum(sample.reward for sample in samples) / len(samples))
         self.reference = self._reference_logprobs()
 
     # ---- before training: the reference ----

@@ -66,7 +66,7 @@ def test_batch_follows_the_equations(tmp_path, credit, estimator):
     trainer = Spy(PolicyWithValue(make_model(), False), samples, settings, tmp_path)
     trainer.train()
     step, beta, batch = trainer.batches[1]  # the policy has moved and the critic has learnt
-    assert beta != 0.5 and (batch.old_values != 0).any() == (credit == "question")
+    assert beta != 0.5 and (batch.old_values[batch.mask].std() > 0) == (credit == "question")
     expected_advantages, expected_returns = [], []
     for row, index in enumerate(step.batch):
         sample, length = samples[index], len(samples[index].response_ids)
@@ -102,7 +102,8 @@ def test_run_equals_a_plain_ppo_loop(tmp_path, credit, off_policy):
     found, _ = run(tmp_path, settings, samples)
     model = make_model().eval()
     head = torch.nn.Linear(16, 1)
-    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    mean = sum(sample.reward for sample in samples) / len(samples)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.constant_(head.bias, mean)
     parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
 
@@ -116,10 +117,11 @@ def test_run_equals_a_plain_ppo_loop(tmp_path, credit, off_policy):
     batch = [samples[i] for i in plan[0].batch]
     with torch.no_grad():
         old = [forward(sample)[0] for sample in batch]
-    returns = [torch.tensor([0.95**k * sample.reward for k in reversed(range(len(sample.response_ids)))])
-               for sample in batch]  # no critic yet, no KL yet: A = R·λ^(distance to the end)
+    surprises = [torch.tensor([0.95**k * (sample.reward - mean) for k in reversed(range(len(sample.response_ids)))])
+                 for sample in batch]  # the critic says the mean everywhere, no KL yet: A = (R − mean)·λ^(distance to the end)
+    returns = [surprise + mean for surprise in surprises]
     if credit == "question":
-        advantages = [torch.tensor(row) for row in plain_whiten([row.double().numpy() for row in returns])]
+        advantages = [torch.tensor(row) for row in plain_whiten([row.double().numpy() for row in surprises])]
     else:
         flat = torch.cat([torch.full((len(sample.response_ids),), sample.advantage) for sample in batch])
         advantages = [torch.full((len(sample.response_ids),), sample.advantage) / flat.square().mean().sqrt()
@@ -133,7 +135,7 @@ def test_run_equals_a_plain_ppo_loop(tmp_path, credit, off_policy):
             if off_policy == "truncated_is":
                 loss = loss * (old[row] - torch.tensor(batch[row].behaviour_logprobs)).exp().clamp(max=2.0)
             losses.append(loss)
-            errors.append(torch.maximum((values - returns[row])**2, (values.clamp(-0.2, 0.2) - returns[row])**2))
+            errors.append(torch.maximum((values - returns[row])**2, (values.clamp(mean - 0.2, mean + 0.2) - returns[row])**2))
         total = torch.cat(losses).mean()
         if credit == "question":
             total = total + 0.5 * 0.5 * torch.cat(errors).mean()
@@ -149,6 +151,13 @@ def test_run_equals_a_plain_ppo_loop(tmp_path, credit, off_policy):
         assert name == "weight" or (found[name] - before[name]).abs().mean() > 1e-3
     assert (found["weight"] == 0).all() == (credit == "arm")  # arm credit has no critic
 
+
+def test_equal_rewards_teach_nothing(tmp_path):
+    """The critic starts at the mean reward: where every response earns it, no token is better or worse than expected."""
+    samples = [replace(sample, reward=0.7) for sample in make_samples(8, "question")]
+    found, _ = run(tmp_path, replace(QUICK, kl=KLSettings(initial=0.0)), samples)
+    before = trainable(make_model())
+    assert max((found[name] - value).abs().max() for name, value in before.items()) < 1e-6
 
 # ---- a run ----
 
