@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,14 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """The hex SHA-256 of a file's bytes."""
-    with Path(path).open("rb") as file:
+    """The hex SHA-256 of a file's bytes; one process reads a file again only after it has changed."""
+    status = Path(path).stat()
+    return _sha256(Path(path).resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
