@@ -59,7 +59,8 @@ def inputs_hash(stage: str) -> str:
     deps = entry["do"]["deps"] if item else entry["deps"]
     params = entry["do"]["params"] if item else entry["params"]
     if item:
-        deps = [dep.replace("${item.model}", entry["foreach"][item]["model"]) for dep in deps]
+        model = entry["foreach"][item]["model"]
+        deps = [dep.replace("${key}", item).replace("${item.model}", model) for dep in deps]
     values = parse(PARAMS.read_bytes())
     total = hashlib.sha256(stage.encode())
     for dep in map(Path, deps):

@@ -1,0 +1,18 @@
+"""What several test modules share: the tiny base model, made once a session."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tiny import tiny_tokenizer  # not at module level: tests without a model should not wait for torch
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """models/base with its manifest. Read it, never write into it."""
+    from tiny import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("models") / "base")

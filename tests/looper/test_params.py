@@ -1,0 +1,160 @@
+"""params.yaml: every error at once with its path, before anything is loaded."""
+
+import copy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from looper.params import check, load_params, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+REMOVED = object()
+
+
+def changed(**changes):
+    """The committed params with `sft__lora__r=1` set, or removed."""
+    content = parse(COMMITTED)
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        section = content
+        for name in sections:
+            section = section[name]
+        if value is REMOVED:
+            del section[key]
+        else:
+            section[key] = value
+    return content
+
+
+def errors(**changes):
+    with pytest.raises(ValueError) as caught:
+        check(changed(**changes), "params.yaml")
+    return str(caught.value).splitlines()
+
+
+def test_the_committed_file_is_right_and_frozen():
+    params = load_params(ROOT / "params.yaml")
+    assert params.sft.lora.r == 32 and params.ppo.kl.target == 0.1 and params.score.weight_end == 0.4
+    with pytest.raises(ValueError, match="frozen"):
+        params.sft.seed = 1
+
+
+def test_every_setting_stands_in_params_yaml():
+    """No setting is in force that the file does not show: a default of a dataclass would be one."""
+    def paths(values, above=""):
+        for key, value in values.items():
+            yield f"{above}{key}"
+            if isinstance(value, dict):
+                yield from paths(value, f"{above}{key}.")
+
+    in_force = load_params(ROOT / "params.yaml").model_dump()
+    assert set(paths(parse(COMMITTED))) == set(paths(in_force))
+    assert {"ppo.kl.horizon", "score.resamples", "sft.lora.r"} < set(paths(in_force))
+
+
+def test_all_errors_come_at_once_each_with_its_path():
+    found = errors(sft__learning_rate="2e-4", sft__typo=1, ppo__kl__target="high", score__weight_end="0.4", base__sha256="x",
+                   prepare__source="csv", eval__batch_size=0, rollouts=REMOVED, model__quantization="int8")
+    assert found[0] == "params.yaml has 9 error(s); nothing was run"
+    paths = [line.strip().split(":")[0] for line in found[1:]]
+    assert paths == ["base.sha256", "model.quantization", "prepare", "sft.learning_rate", "sft.typo", "rollouts",
+                     "score.weight_end", "ppo.kl.target", "eval.batch_size"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sft__learning_rate": "2e-4"}, "  sft.learning_rate: Input should be a valid number, found '2e-4' (YAML 1.1 reads 2e-4 "
+                                     "as text: write it with a dot, as in 2.0e-04)"),
+    ({"sft__typo": 1}, "  sft.typo: unknown key; remove it or mend its name"),
+    ({"score__typo": 1}, "  score.typo: unknown key; remove it or mend its name"),
+    ({"ppo__kl__typo": 1}, "  ppo.kl.typo: unknown key; remove it or mend its name"),
+    ({"typo": 1}, "  typo: unknown key; remove it or mend its name"),
+    ({"sft__lora__r": REMOVED}, "  sft.lora.r: is missing; add it"),
+    ({"base__source": REMOVED}, "  base: source is missing; add it"),
+    ({"prepare__source": "csv"}, "  prepare: source must be one of 'hub', 'path', 'sample', found 'csv'"),
+    ({"prepare__train": "480"}, "  prepare.train: Input should be a valid integer, found '480'"),
+    ({"sft__seed": True}, "  sft.seed: Input should be a valid integer, found True"),
+    ({"sft__seed": -1}, "  sft.seed: Input should be greater than or equal to 0, found -1"),
+    ({"score__seed": "3"}, "  score.seed: Input should be a valid integer, found '3'"),
+    ({"sft__batch_size": 8.0}, "  sft.batch_size: Input should be a valid integer, found 8.0"),
+    ({"sft__learning_rate": float("inf")}, "  sft.learning_rate: Input should be a finite number, found inf"),
+    ({"score__weight_end": float("inf")}, "  score.weight_end: Input should be a finite number, found inf"),
+    ({"ppo__learning_rate": float("nan")}, "  ppo.learning_rate: Input should be a finite number, found nan"),
+    # impossible combinations
+    ({"sft__micro_batch": 3}, "  sft: batch_size 8 must be a multiple of micro_batch 3"),
+    ({"model__quantization": "nf4", "model__dtype": "float32"},
+     "  model: quantization nf4 computes in bfloat16: set dtype to bfloat16, or quantization to none"),
+    ({"score__weight_end": -1}, "  score: weight_end must be 0 or more, found -1.0"),
+    ({"ppo__mini_batch_size": 3}, "  ppo: batch_size 8 must be a multiple of mini_batch_size 3"),
+])
+def test_what_each_mistake_gets(changes, message):
+    (first, *rest) = errors(**changes)
+    assert first == "params.yaml has 1 error(s); nothing was run" and len(rest) == 1
+    assert rest[0] == message
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "the file: Input should be an object, found None"),
+    ("- 1", r"the file: Input should be an object, found \[1\]"),
+    ("sft: {", "not YAML; mend it: "),
+    ("sft: \xff", "not YAML; mend it: "),
+])
+def test_a_file_that_holds_no_settings(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(ValueError, match="is not here; run from the repository's root, or bring it back: git checkout"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_what_dvc_exp_run_writes_is_a_number(tmp_path):
+    """`dvc exp run -S ppo.learning_rate=1.0e-5` writes 1e-05, text to a plain YAML 1.1 reader."""
+    from dvc.utils.hydra import apply_overrides
+
+    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    apply_overrides(str(tmp_path / "params.yaml"), ["ppo.learning_rate=1.0e-5", "sft.learning_rate=3.0e-4", "sft.seed=7"])
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text())["ppo"]["learning_rate"] == "1e-05", "DVC has mended this"
+    params = load_params(tmp_path / "params.yaml")
+    assert (params.ppo.learning_rate, params.sft.learning_rate, params.sft.seed) == (1e-5, 3e-4, 7)
+    expected = copy.deepcopy(load_params(ROOT / "params.yaml").model_dump())
+    expected["ppo"]["learning_rate"], expected["sft"]["learning_rate"], expected["sft"]["seed"] = 1e-5, 3e-4, 7
+    assert params.model_dump() == expected
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-05", 1e-5), ("-2e+10", -2e10), ("5.0e-5", 5e-5), ("2.5e-05", 2.5e-5),
+    ("2e-4", "2e-4"), ("1e5", "1e5"), ("0x1e-05", "0x1e-05"), ("1e-05x", "1e-05x"), ("480", 480),
+])
+def test_which_texts_are_numbers(text, value):
+    found = parse(f"a: {text}")["a"]
+    assert found == value and type(found) is type(value)
+
+
+def test_bad_params_answer_at_once_and_load_nothing(tmp_path):
+    (tmp_path / "params.yaml").write_text(COMMITTED.replace("epochs: 1", "epochs: none", 1))
+    code = ("import sys, runpy\n"
+            "try: runpy.run_module('stages.sft', run_name='__main__', alter_sys=True)\n"
+            "except SystemExit as end: print(end.code)\n"
+            "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'scipy'} & set(sys.modules)))\n")
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    seconds = time.perf_counter() - started
+    assert done.stdout.splitlines() == ["2", "[]"], done.stderr
+    assert "sft.epochs: Input should be a valid number, found 'none'" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*/")) and seconds < 3  # 0.5 s alone; the rest is for a busy machine
+
+
+def test_the_module_checks_the_file(tmp_path):
+    for text, code in ((COMMITTED, 0), ("sft: 1", 2)):
+        (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+        done = subprocess.run([sys.executable, "-m", "looper.params"], cwd=tmp_path, capture_output=True, text=True,
+                              env={"PYTHONPATH": str(ROOT), "PATH": ""})
+        assert done.returncode == code and done.stdout == "" and bool(done.stderr) == bool(code)

@@ -1,0 +1,149 @@
+"""Profiles: each undoes the others, comments stay, and platinum holds section 4 of the design."""
+
+import re
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from looper.params import check, parse
+from looper.profile import PROFILES, apply, main, overlay
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of its own to run in."""
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of `python -m looper.profile ARGUMENTS`."""
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["profile", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_there_are_four_profiles_and_sample_is_committed_byte_for_byte():
+    assert NAMES == ["platinum", "platinum_arm", "reference", "sample"]
+    assert apply("sample", COMMITTED) == COMMITTED
+
+
+@pytest.mark.parametrize(("after", "before"), product(NAMES, NAMES))
+def test_a_profile_undoes_another(after, before):
+    assert apply(after, apply(before, COMMITTED)) == apply(after, COMMITTED)
+
+
+def test_profiles_set_the_same_keys_so_that_none_leaves_traces():
+    def keys(values, above=""):
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from keys(value, f"{above}{key}.")
+            elif above not in ("base.", "prepare."):  # those two are replaced whole
+                yield f"{above}{key}"
+
+    found = {name: set(keys(overlay(name))) for name in NAMES}
+    assert found["sample"] == found["reference"] == found["platinum"] == found["platinum_arm"]
+    assert {"sft.lora.r", "ppo.kl.target", "dev_eval.questions"} < found["sample"]
+
+
+def test_platinum_undoes_changes_by_hand():
+    by_hand = COMMITTED.replace("r: 32", "r: 8").replace("target: 0.1", "target: 6.0").replace("questions: 50", "questions: 5")
+    assert by_hand != COMMITTED and apply("platinum", by_hand) == apply("platinum", COMMITTED)
+
+
+# design.md, section 4
+PLATINUM = {
+    "base.repo": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "base.source": "hub",
+    "model.quantization": "nf4", "model.dtype": "bfloat16", "model.template": "deepseek_r1", "model.device": "cuda",
+    "prepare.source": "hub", "prepare.repo": "openai/gsm8k", "prepare.config": "main", "prepare.dev_share": 0.2,
+    "sft.lora.r": 32, "sft.lora.alpha": 16, "sft.lora.dropout": 0.05, "sft.gradient_checkpointing": True,
+    "sft.epochs": 1, "sft.batch_size": 8, "sft.learning_rate": 5e-5,
+    "dev_eval.questions": 50, "rollouts.questions": 500,
+    "ppo.learning_rate": 5e-6, "ppo.batch_size": 8, "ppo.mini_batch_size": 4, "ppo.kl.target": 0.1,
+    "ppo.max_grad_norm": 1.0, "ppo.credit": "question",
+}
+
+
+@pytest.mark.parametrize(("name", "credit"), [("platinum", "question"), ("platinum_arm", "arm")])
+def test_platinum_holds_the_designs_values(name, credit):
+    """In the file itself, whatever stood in params.yaml before, and in what it makes of params.yaml."""
+    params = parse(apply(name, COMMITTED))
+    check(params, name)
+    for path, expected in (PLATINUM | {"ppo.credit": credit}).items():
+        for values in (params, overlay(name)):
+            for key in path.split("."):
+                values = values[key]
+            assert values == expected and isinstance(values, type(expected)), path
+    assert params["ppo"]["kl"]["horizon"] is not None, "KL control is adaptive"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_comment_is_kept_and_floats_stay_readable(name):
+    def comments(params):
+        return re.findall(r"# .*", params)
+
+    text = apply(name, COMMITTED)
+    assert comments(text) == comments(COMMITTED) and len(comments(text)) > 30
+    assert not re.search(r"\d[eE]", re.sub(r"\d\.\de|#.*|[0-9a-f]{40,}", "", text)), "a float that YAML 1.1 reads as text"
+    assert "null" in text
+
+
+def test_it_writes_params_yaml_and_shows_the_change(folder, run):
+    code, out, _ = run("platinum")
+    assert code == 0 and (folder / "params.yaml").read_text(encoding="utf-8") == apply("platinum", COMMITTED)
+    assert "-  learning_rate: 1.0e-3\n+  learning_rate: 5.0e-5\n" in out
+    assert run("sample")[0] == 0
+    assert (folder / "params.yaml").read_text(encoding="utf-8") == COMMITTED
+
+
+def test_diff_writes_nothing(folder, run):
+    before = (folder / "params.yaml").stat().st_mtime_ns
+    code, out, _ = run("platinum", "--diff")
+    assert code == 0 and "+  quantization: nf4" in out
+    assert (folder / "params.yaml").read_text(encoding="utf-8") == COMMITTED
+    assert (folder / "params.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("break_it", "message"), [
+    (lambda folder: None, "no profile 'gold'; there are: platinum, platinum_arm, reference, sample"),
+    (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  learning_rate: 2e-4\n"), "2.0e-04"),
+    (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  rate: 1\n"), "sft.rate: unknown key"),
+    (lambda folder: (folder / "profiles/gold.yaml").write_text("stf:\n  r: 1\n"), "params.yaml has no section stf"),
+    (lambda folder: (folder / "params.yaml").unlink(), "params.yaml is not here; run from the repository's root"),
+    (lambda folder: (shutil.copy(folder / "profiles/sample.yaml", folder / "profiles/gold.yaml"),
+                     (folder / "params.yaml").write_text("a: {")), "params.yaml: not YAML; mend it"),
+])
+def test_mistakes_exit_2_and_write_nothing(folder, run, break_it, message):
+    break_it(folder)
+    before = (folder / "params.yaml").read_text() if (folder / "params.yaml").exists() else None
+    code, out, err = run("gold")
+    assert code == 2 and message in err and out == ""
+    assert ((folder / "params.yaml").read_text() if (folder / "params.yaml").exists() else None) == before
+
+
+def test_an_extended_profile_keeps_what_it_does_not_set():
+    below, above = overlay("platinum"), overlay("platinum_arm")
+    assert above["ppo"].pop("credit") == "arm" and below["ppo"].pop("credit") == "question"
+    assert above == below and PROFILES == Path("profiles")

@@ -1,0 +1,116 @@
+"""What surrounds every stage: help, usage, the hub switched off, errors that help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from looper import stage
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "scipy", "matplotlib"}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in stage.PRIVATE | stage.OFFLINE:
+        monkeypatch.setenv(name, "")  # restored afterwards: run() writes into os.environ
+
+
+def test_help_of_every_stage_is_its_docstring_and_imports_nothing_heavy(tmp_path):
+    code = (f"import contextlib, io, runpy, sys\nfor name in {NAMES}:\n"
+            "    sys.argv, out = [name, '--help'], io.StringIO()\n"
+            "    with contextlib.redirect_stdout(out):\n"
+            "        module = runpy.run_module(f'stages.{name}', run_name='__main__')\n"
+            "    assert out.getvalue().strip() == module['__doc__'].strip() and f'Stage {name}: ' in out.getvalue(), name\n"
+            f"print(sorted({HEAVY} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=20,
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.stdout == "[]\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_works_from_the_command_line(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "stages.eval", "-h"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.returncode == 0 and done.stdout.startswith("Stage eval: greedy answers") and done.stderr == ""
+
+
+@pytest.mark.parametrize(("given", "arguments", "usage"), [
+    (["extra"], (), "usage: python -m stages.sft; found extra"),
+    ([], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found nothing"),
+    (["dpo"], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found dpo"),
+    (["base", "ppo"], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found base ppo"),
+])
+def test_wrong_arguments_get_the_usage(monkeypatch, capsys, given, arguments, usage):
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py", *given])
+    with pytest.raises(SystemExit) as end:
+        stage.run(lambda *_: pytest.fail("the stage ran"), "doc", arguments=arguments)
+    assert end.value.code == 2 and capsys.readouterr().err == usage + "\n"
+
+
+def test_the_argument_reaches_main_and_the_time_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/x/stages/eval.py", "ppo"])
+    got = []
+    stage.run(got.append, "doc", arguments=("base", "ppo"))
+    assert got == ["ppo"] and capsys.readouterr().out == "eval ppo: 0.0 s\n"
+
+
+def test_our_error_is_its_text_and_exit_2(monkeypatch, capsys, tmp_path):
+    from looper.jsonl import read_jsonl
+
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
+    with pytest.raises(SystemExit) as end:
+        stage.run(lambda: read_jsonl(tmp_path / "train.jsonl"), "doc")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"sft: {tmp_path}/train.jsonl is not here; run the stage that writes it")
+
+
+def test_our_error_is_ours_inside_a_context_manager_too(monkeypatch, capsys, tmp_path):
+    from looper.files import replacing
+    from looper.params import load_params
+
+    def main():
+        with replacing(tmp_path / "model"):
+            load_params(tmp_path / "params.yaml")
+
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
+    with pytest.raises(SystemExit) as end:
+        stage.run(main, "doc")
+    assert end.value.code == 2 and "params.yaml is not here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [lambda: __import__("json").loads("{"), lambda: {}["key"]])
+def test_a_librarys_error_keeps_its_traceback(monkeypatch, main):
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
+    with pytest.raises((ValueError, KeyError)) as caught:
+        stage.run(main, "doc")
+    assert not isinstance(caught.value, SystemExit)
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_only_stages_that_fetch_may_ask_the_hub(monkeypatch, network):
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
+    seen = {}
+    stage.run(lambda: seen.update(os.environ), "doc", network=network)
+    assert {name: seen[name] for name in stage.PRIVATE} == stage.PRIVATE
+    assert {name: seen[name] for name in stage.OFFLINE} == ({name: "" for name in stage.OFFLINE} if network else stage.OFFLINE)
+    assert stage.OFFLINE["HF_HUB_OFFLINE"] == stage.OFFLINE["HF_DATASETS_OFFLINE"] == "1"
+
+
+def test_base_and_prepare_alone_have_the_network():
+    assert [name for name in NAMES if "network=True" in (ROOT / "stages" / f"{name}.py").read_text()] == ["base", "prepare"]
+
+
+def test_the_switch_is_set_before_a_library_reads_it(tmp_path):
+    """huggingface_hub reads it once, at import: nothing may import it before the stage's main."""
+    code = ("import sys; sys.argv = ['sft']\nfrom looper.stage import run\nimport looper.params, stages.sft\n"
+            "assert 'huggingface_hub' not in sys.modules\n"
+            "def main():\n    import huggingface_hub.constants as hub; print(hub.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)\n"
+            "run(main, '')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert done.stdout.startswith("True True\n"), done.stderr
