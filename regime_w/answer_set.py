@@ -1,17 +1,17 @@
 """The answers to one question, and Regime W's components of them."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from regime_w.answers import canonical_answer
 from regime_w.chsh import Outcomes, s_cf_chsh
-from regime_w.scoring import s_cf, s_end, s_path, s_path_within_style
+from regime_w.scoring import (s_cf, s_cf_without_each, s_end, s_end_without_each, s_path, s_path_within_style,
+                              s_path_without_each)
 from regime_w.settings import ScoreSettings
 
 PARTIES = ("wolfram", "maudlin")
 
 
-@dataclass(frozen=True)
-class AnswerSet:
+class AnswerSet(NamedTuple):
     """What scoring needs of a row: one entry an arm. Answers are canonical; `cf_…` is None without a counterfactual."""
 
     styles: list[str]
@@ -48,8 +48,23 @@ class AnswerSet:
 
     def components(self, settings: ScoreSettings) -> tuple[float, float, float]:
         """(s_end, s_path, s_cf)."""
-        path = s_path_within_style(self.lengths, self.styles) if settings.path_within_style else s_path(self.lengths)
-        return s_end(self.answers), path, self._s_cf(settings)
+        return s_end(self.answers), self._s_path(settings), self._s_cf(settings)
+
+    def components_without_each(self, settings: ScoreSettings) -> list[tuple[float, float, float]]:
+        """(s_end, s_path, s_cf) of the other arms, for each arm."""
+        every = range(len(self.answers))
+        if settings.path_within_style:
+            paths = [self.without(i)._s_path(settings) for i in every]
+        else:
+            paths = s_path_without_each(self.lengths)
+        if settings.cf == "counterfactual" and self.cf_answers is not None:
+            cfs = s_cf_without_each(self.cf_answers, self.cf_gold)
+        else:
+            cfs = [self.without(i)._s_cf(settings) if settings.cf == "chsh" else self._s_cf(settings) for i in every]
+        return list(zip(s_end_without_each(self.answers), paths, cfs, strict=True))
+
+    def _s_path(self, settings: ScoreSettings) -> float:
+        return s_path_within_style(self.lengths, self.styles) if settings.path_within_style else s_path(self.lengths)
 
     def _s_cf(self, settings: ScoreSettings) -> float:
         if settings.cf == "placeholder" or self.cf_answers is None:
@@ -61,9 +76,9 @@ class AnswerSet:
     def outcomes(self) -> tuple[Outcomes, Outcomes]:
         """Those of the two styles as parties. The question must have a counterfactual."""
         cf_correct = [answer == self.cf_gold for answer in self.cf_answers]
+        both = list(zip(self.styles, self.correct, cf_correct))
         first, second = (
-            Outcomes(sum(right for right, style in zip(self.correct, self.styles) if style == party),
-                     sum(right for right, style in zip(cf_correct, self.styles) if style == party),
-                     self.styles.count(party))
+            Outcomes(both.count((party, True, True)) + both.count((party, True, False)),
+                     both.count((party, True, True)) + both.count((party, False, True)), self.styles.count(party))
             for party in PARTIES)
         return first, second

@@ -90,3 +90,19 @@ def _permuted(pairs: Sequence[tuple[Outcomes, Outcomes]], counts: np.ndarray, re
             left -= dealt
             sums[i] += dealt @ values[row]
     return sums / sum(row_sums)
+
+
+def cbd(contexts: Mapping[tuple[int, int], Sequence[tuple[int, int]]]) -> dict[str, float]:
+    """Contextuality-by-Default for the four contexts (Kujala, Dzhafarov and Larsson 2015), from paired outcomes.
+
+    contexts: for each (x, y), the outcomes (a, b) of ±1 that the parties gave together, at least one pair.
+    s_odd: the largest of the sums of the four E(x, y) with an odd number of minus signs; S is one of them.
+    delta: how inconsistent the marginals are, Σₓ|⟨A_x in (x,0)⟩ − ⟨A_x in (x,1)⟩| + Σ_y|⟨B_y in (0,y)⟩ − ⟨B_y in (1,y)⟩|.
+    bound: 2 + delta. degree: s_odd − bound; only above 0 are the outcomes contextual.
+    """
+    first, second = ({key: sum(pair[i] for pair in pairs) / len(pairs) for key, pairs in contexts.items()} for i in (0, 1))
+    e = {key: sum(a * b for a, b in pairs) / len(pairs) for key, pairs in contexts.items()}
+    delta = sum(abs(first[i, 0] - first[i, 1]) + abs(second[0, i] - second[1, i]) for i in (0, 1))
+    s_odd = max(sum(sign * e[key] for sign, key in zip(signs, CONTEXTS))
+                for signs in product((1, -1), repeat=4) if signs.count(-1) % 2)
+    return {"s_odd": s_odd, "delta": delta, "bound": 2 + delta, "degree": s_odd - 2 - delta}

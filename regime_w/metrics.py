@@ -14,6 +14,7 @@ from regime_w.settings import ScoreSettings
 
 COMPONENTS = ("reward", "s_end", "s_path", "s_cf", "s_wm")
 POSTERIOR_DRAWS = 20_000
+BATCH = 1024
 
 
 class ScoreMetrics:
@@ -26,12 +27,13 @@ class ScoreMetrics:
         self.arms: dict[str, ArmTally] = {}
         self.components = {
             "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
+        self.pending: list[tuple[float, ...]] = []  # the components and the share of right arms, folded in by the thousand
         self.counterfactual = CounterfactualTally()
         self.outcomes: Counter = Counter()  # (Wolfram's, Maudlin's) outcomes: few different ones, whatever the file's size
 
-    def add(self, row: dict) -> None:
-        """Counts a row that `score.score_row` returned."""
-        arms, outputs = AnswerSet.of(row), row["arm_outputs"]
+    def add(self, row: dict, arms: AnswerSet) -> None:
+        """Counts a scored row; `arms` is its `AnswerSet`."""
+        outputs = row["arm_outputs"]
         share = sum(arms.correct) / len(arms.correct)
         leading = leading_answers(arms.answers)
         right = next((answer for answer, correct in zip(arms.answers, arms.correct) if correct), None)
@@ -44,8 +46,9 @@ class ScoreMetrics:
         for output, answer, correct in zip(outputs, arms.answers, arms.correct):
             tally = self.arms.setdefault(output["name"], ArmTally())
             tally.add(correct, output["num_tokens"], answer in leading)
-        for name, distribution in self.components.items():
-            distribution.add(row[name], share)
+        self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
+        if len(self.pending) == BATCH:
+            self._fold()
         if self.settings.cf == "placeholder" or arms.cf_answers is None:
             self.placeholders += 1
         if arms.cf_answers is not None:
@@ -57,6 +60,7 @@ class ScoreMetrics:
     def metrics(self) -> dict[str, Any]:
         """The metrics as nested dicts, floats rounded to 6 digits; None where a figure is not defined."""
         n = self.questions
+        self._fold()
         return rounded({
             "questions": n,
             "accuracy": {"mean": _share(self.mean_right, n), "any": _share(self.any_right, n),
@@ -67,6 +71,13 @@ class ScoreMetrics:
             "counterfactual": {**self.counterfactual.metrics(n), "placeholder_share": _share(self.placeholders, n)},
             "chsh": chsh_summary(self.outcomes, self.settings.resamples, self.settings.seed),
         })
+
+    def _fold(self) -> None:
+        if self.pending:
+            *components, shares = np.array(self.pending).T
+            for distribution, values in zip(self.components.values(), components, strict=True):
+                distribution.add(values, shares)
+            self.pending.clear()
 
 
 class ArmTally:
@@ -115,20 +126,21 @@ class Distribution:
     """A component's distribution over questions, and its correlation with the share of right arms."""
 
     def __init__(self, low: float, high: float, bins: int) -> None:
-        self.low, self.width, self.counts = low, (high - low) / bins, [0] * bins
+        self.low, self.width, self.counts = low, (high - low) / bins, np.zeros(bins, dtype=int)
         self.n, self.minimum, self.maximum = 0, math.inf, -math.inf
         self.x = self.y = self.xx = self.yy = self.xy = 0.0
 
-    def add(self, value: float, share_right: float) -> None:
-        self.n += 1
-        self.minimum, self.maximum = min(self.minimum, value), max(self.maximum, value)
-        bin_ = int((value - self.low) / self.width + 1e-9)  # a value at an edge belongs above it, rounding aside
-        self.counts[min(max(bin_, 0), len(self.counts) - 1)] += 1
-        self.x += value
-        self.y += share_right
-        self.xx += value * value
-        self.yy += share_right * share_right
-        self.xy += value * share_right
+    def add(self, values: np.ndarray, shares_right: np.ndarray) -> None:
+        """Both of shape (questions,): the component, and the share of right arms."""
+        self.n += len(values)
+        self.minimum, self.maximum = min(self.minimum, float(values.min())), max(self.maximum, float(values.max()))
+        bins = ((values - self.low) / self.width + 1e-9).astype(int)  # a value at an edge belongs above it, rounding aside
+        self.counts += np.bincount(bins.clip(0, len(self.counts) - 1), minlength=len(self.counts))
+        self.x += float(values.sum())
+        self.y += float(shares_right.sum())
+        self.xx += float(values @ values)
+        self.yy += float(shares_right @ shares_right)
+        self.xy += float(values @ shares_right)
 
     def metrics(self) -> dict[str, Any]:
         if not self.n:
@@ -149,7 +161,7 @@ class Distribution:
     def _histogram(self) -> dict[str, int]:
         """Counts by the bin's lower and upper end; the first and the last bin also hold what lies beyond them."""
         edges = [self.low + i * self.width for i in range(len(self.counts) + 1)]
-        return {f"{edges[i]:.2f}..{edges[i + 1]:.2f}": count for i, count in enumerate(self.counts)}
+        return {f"{edges[i]:.2f}..{edges[i + 1]:.2f}": int(count) for i, count in enumerate(self.counts)}
 
 
 def beta_interval(successes: int, failures: int, seed: int = 0) -> tuple[float, float]:

@@ -9,10 +9,13 @@ from typing import Any
 from regime_w.answers import canonical_answer
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The checked rows of a rollouts file, one at a time.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
-    Raises ValueError with file, line number and field for a broken row, and if there is no row.
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a JSON Lines file, one at a time; the rows are not checked yet.
+
+    Raises ValueError with file and line number for what is not JSON, and if there is no row.
     """
     number = 0
     with Path(path).open(encoding="utf-8") as file:
@@ -21,11 +24,7 @@ def read_rows(path: Path) -> Iterator[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not a JSON object ({error}); mend or remove this line") from None
-            try:
-                check_row(row)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            yield row
+            yield number, row
     if not number:
         raise ValueError(f"{path}: holds no row; give it one JSON object a line")
 
@@ -38,7 +37,7 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(_ENCODER.encode(row) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,7 +55,8 @@ def check_row(row: Any) -> None:
         _number(other, "counterfactual.", "gold_answer")
     for i, output in enumerate(outputs):
         where = f"arm_outputs[{i}]."
-        _require(isinstance(output, dict), f"field 'arm_outputs[{i}]'", output, "an object")
+        if not isinstance(output, dict):
+            _require(False, f"field 'arm_outputs[{i}]'", output, "an object")
         _field(output, where, "name", str)
         _field(output, where, "style", str)
         _field(output, where, "answer", str, optional=True)
@@ -73,7 +73,7 @@ def _field(record: dict, where: str, name: str, kind: type, optional: bool = Fal
         raise ValueError(f"field '{where}{name}' is missing; add it")
     value = record[name]
     if not (isinstance(value, kind) or optional and value is None):
-        kinds = {str: "a string", list: "a list", dict: "an object"}
+        kinds = {str: "a string", list: "a list", dict: "an object", int: "an integer of 0 or more (tokens)"}
         _require(False, f"field '{where}{name}'", value, kinds[kind] + (" or null" if optional else ""))
     return value
 
@@ -84,8 +84,9 @@ def _number(record: dict, where: str, name: str) -> None:
 
 
 def _length(output: dict, where: str) -> None:
-    value = output.get("num_tokens")
-    _require(type(value) is int and value >= 0, f"field '{where}num_tokens'", value, "an integer of 0 or more (tokens)")
+    value = _field(output, where, "num_tokens", int)
+    if value < 0 or isinstance(value, bool):
+        _require(False, f"field '{where}num_tokens'", value, "an integer of 0 or more (tokens)")
 
 
 def _require(holds: bool, what: str, found: Any, must: str) -> None:

@@ -17,8 +17,18 @@ def score_file(source: Path, target: Path, settings: ScoreSettings = ScoreSettin
 
     Raises ValueError with file, line number and field if a row is broken, and if there is no row.
     """
-    scored, metrics = score_rows(read_rows(source), settings)
-    write_rows(target, scored)
+    metrics = ScoreMetrics(settings)
+
+    def scored() -> Iterator[dict]:
+        for number, row in read_rows(source):
+            try:
+                result, arms = _score(row, settings)
+            except ValueError as error:
+                raise ValueError(f"{source}:{number}: {error}; nothing written") from None
+            metrics.add(result, arms)
+            yield result
+
+    write_rows(target, scored())
     return metrics.metrics()
 
 
@@ -28,8 +38,8 @@ def score_rows(rows: Iterable[dict], settings: ScoreSettings = ScoreSettings()) 
 
     def scored() -> Iterator[dict]:
         for row in rows:
-            result = score_row(row, settings)
-            metrics.add(result)
+            result, arms = _score(row, settings)
+            metrics.add(result, arms)
             yield result
 
     return scored(), metrics
@@ -40,11 +50,15 @@ def score_row(row: dict, settings: ScoreSettings = ScoreSettings()) -> dict:
 
     Raises ValueError that names the field if the row is broken.
     """
+    return _score(row, settings)[0]
+
+
+def _score(row: dict, settings: ScoreSettings) -> tuple[dict, AnswerSet]:
     check_row(row)
     arms = AnswerSet.of(row)
     end, path, cf = arms.components(settings)
     coherence = s_wm(end, path, cf, settings)
-    contributions = [coherence - s_wm(*arms.without(i).components(settings), settings) for i in range(len(arms.answers))]
+    contributions = [coherence - s_wm(*rest, settings) for rest in arms.components_without_each(settings)]
     parts = regime_w_reward_parts(arms.correct, coherence, arms.lengths, settings)
     arm_parts = arm_reward_parts(arms.correct, contributions, arms.lengths, settings)
     rewards = [total(each) for each in arm_parts]
@@ -55,4 +69,4 @@ def score_row(row: dict, settings: ScoreSettings = ScoreSettings()) -> dict:
     ]
     scored = {"reward": total(parts), "s_end": end, "s_path": path, "s_cf": cf, "s_wm": coherence, "reward_parts": parts,
               "arm_outputs": outputs, "counterfactual": row["counterfactual"]}
-    return {key: value for key, value in row.items() if key not in scored} | scored
+    return {key: value for key, value in row.items() if key not in scored} | scored, arms

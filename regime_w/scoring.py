@@ -6,6 +6,7 @@ Plain functions over sequences with one entry an arm. Answers are canonical stri
 from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
+from operator import mul
 
 from regime_w.settings import ScoreSettings
 
@@ -13,8 +14,7 @@ from regime_w.settings import ScoreSettings
 def s_end(answers: Sequence[str | None]) -> float:
     """Agreeing pairs / all pairs, in [0, 1]. A missing answer agrees with nothing; fewer than two arms: 0."""
     pairs = len(answers) * (len(answers) - 1)
-    counts = Counter(answer for answer in answers if answer is not None)
-    return sum(count * (count - 1) for count in counts.values()) / pairs if pairs else 0.0
+    return sum(answers.count(answer) - 1 for answer in answers if answer is not None) / pairs if pairs else 0.0
 
 
 def leading_answers(answers: Sequence[str | None]) -> set[str]:
@@ -30,7 +30,7 @@ def s_path(lengths: Sequence[int]) -> float:
     Said exactly: (Σℓ)² / (K·Σℓ²). 1 if all lengths are equal, 0 if no arm wrote anything (or there is none).
     """
     total = sum(lengths)
-    return total * total / (len(lengths) * sum(length * length for length in lengths)) if total else 0.0
+    return total * total / (len(lengths) * sum(map(mul, lengths, lengths))) if total else 0.0
 
 
 def s_path_within_style(lengths: Sequence[int], styles: Sequence[str]) -> float:
@@ -42,9 +42,32 @@ def s_path_within_style(lengths: Sequence[int], styles: Sequence[str]) -> float:
 
 def s_cf(answers: Sequence[str | None], gold: str) -> float:
     """The share of arms whose answer to the counterfactual is its recomputed gold answer; 0 for no arms."""
-    return sum(answer == gold for answer in answers) / len(answers) if answers else 0.0
+    return answers.count(gold) / len(answers) if answers else 0.0
 
 
 def s_wm(end: float, path: float, cf: float, settings: ScoreSettings = ScoreSettings()) -> float:
     """The weighted sum of the components; in [0, 1] if the weights sum to 1."""
     return settings.weight_end * end + settings.weight_path * path + settings.weight_cf * cf
+
+
+# Each component as it would be without one of the arms, for all arms at once: what an arm adds is the difference
+
+
+def s_end_without_each(answers: Sequence[str | None]) -> list[float]:
+    """`s_end` of the other answers, for each arm."""
+    pairs = (len(answers) - 1) * (len(answers) - 2)
+    agreeing = [0 if answer is None else answers.count(answer) - 1 for answer in answers]
+    whole = sum(agreeing)
+    return [(whole - 2 * own) / pairs if pairs else 0.0 for own in agreeing]
+
+
+def s_path_without_each(lengths: Sequence[int]) -> list[float]:
+    """`s_path` of the other lengths, for each arm."""
+    others, total, squares = len(lengths) - 1, sum(lengths), sum(map(mul, lengths, lengths))
+    return [(total - own) ** 2 / (others * (squares - own * own)) if total > own else 0.0 for own in lengths]
+
+
+def s_cf_without_each(answers: Sequence[str | None], gold: str) -> list[float]:
+    """`s_cf` of the other answers, for each arm."""
+    others, right = len(answers) - 1, answers.count(gold)
+    return [(right - (answer == gold)) / others if others else 0.0 for answer in answers]

@@ -1,0 +1,65 @@
+"""Regime W on your own samples.
+
+python -m regime_w score IN.jsonl OUT.jsonl    scores a rollouts file (schema: regime_w/README.md), prints the metrics
+python -m regime_w replay SCORED.jsonl         replays arm allocations (bandits) on a scored file
+python -m regime_w bench [N]                   scores N random questions (100,000) and prints seconds and peak memory
+python -m regime_w counterfactuals GSM8K.jsonl prints the share of questions that get one
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from regime_w.bandit import replay
+from regime_w.counterfactual import make_counterfactual
+from regime_w.rows import read_rows, write_rows
+from regime_w.sample_rows import random_rows
+from regime_w.score import score_file
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0, or 2 after an error, said in one line."""
+    match arguments:
+        case ["score", source, target]:
+            run = lambda: score_file(Path(source), Path(target))  # noqa: E731
+        case ["replay", source]:
+            run = lambda: replay([row for _, row in read_rows(Path(source))])  # noqa: E731
+        case ["bench", *count] if len(count) <= 1:
+            run = lambda: bench(int(*count or ["100000"]))  # noqa: E731
+        case ["counterfactuals", source]:
+            run = lambda: counterfactual_share(Path(source))  # noqa: E731
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    try:
+        print(json.dumps(run(), indent=2))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def bench(count: int) -> dict[str, float]:
+    """Seconds and peak memory (MiB) of scoring a file of `count` random questions, eight arms each."""
+    import resource
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in.jsonl")
+        write_rows(source, random_rows(count))
+        started = time.process_time()
+        score_file(source, Path(folder, "out.jsonl"))
+        seconds = time.process_time() - started
+    return {"questions": count, "seconds": round(seconds, 2),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)}
+
+
+def counterfactual_share(source: Path) -> dict[str, float]:
+    """How many questions of a GSM8K file get a counterfactual (seed 0)."""
+    made = [make_counterfactual(row["question"], row["answer"], 0) is not None for _, row in read_rows(source)]
+    return {"questions": len(made), "counterfactuals": sum(made), "share": round(sum(made) / len(made), 4)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""`python -m regime_w.demo`: scores five worked questions and explains every number. `… FILE` does it for a rollouts file."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from regime_w.rows import read_rows
+from regime_w.sample_rows import worked_rows
+from regime_w.score import score_row
+from regime_w.settings import ScoreSettings
+
+INTRO = """Regime W scores the answers of several arms to one question.
+  s_end   agreeing pairs of answers / all pairs              {weight_end} of s_wm
+  s_path  1 / (1 + CV²) of the answers' lengths              {weight_path} of s_wm
+  s_cf    share right on the counterfactual                  {weight_cf} of s_wm ({cf_placeholder} where there is none)
+  reward  {reward_correct:+} if any arm is right, else {reward_wrong:+}; + {coherence_weight} s_wm; - {length_penalty} \
+a token of mean length over {free_length}
+Per arm: the same for that arm alone, paid for the coherence that it adds; its advantage is over the other arms' mean.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the explained scores; 0, or 2 after an error in the file."""
+    settings = ScoreSettings()
+    if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0 if len(arguments) == 1 else 2
+    print(INTRO.format(**vars(settings)))
+    number = None
+    try:
+        rows: Iterable = read_rows(Path(arguments[0])) if arguments else enumerate(worked_rows(), 1)
+        for number, row in rows:
+            print(explain(score_row(row, settings)))
+    except (ValueError, OSError) as error:
+        where = f"{arguments[0]}:{number}: " if isinstance(error, ValueError) and number else ""
+        print(f"{where}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain(row: dict) -> str:
+    """A scored row as a small table and its sums."""
+    other = row["counterfactual"]
+    lines = [f"── {row['id']}", f"   {row.get('question', '')}  gold: {row['gold_answer']}"]
+    if other:
+        lines.append(f"   counterfactual: {other.get('question', '')}  gold: {other['gold_answer']}")
+    lines.append(f"   {'arm':<14}{'answer':>10}{'right':>7}{'tokens':>8}{'on q′':>10}{'reward':>9}{'advantage':>11}")
+    for output in row["arm_outputs"]:
+        answered = (output["counterfactual"]["answer"] or "none") if other else "-"
+        lines.append(f"   {output['name']:<14}{output['answer'] or 'none':>10}{'yes' if output['correct'] else 'no':>7}"
+                     f"{output['num_tokens']:>8}{answered:>10}{output['reward']:>9.3f}{output['advantage']:>11.3f}")
+    parts = row["reward_parts"]
+    lines.append(f"   s_end {row['s_end']:.3f}  s_path {row['s_path']:.3f}  s_cf {row['s_cf']:.3f}  ->  s_wm {row['s_wm']:.3f}")
+    lines.append(f"   reward {row['reward']:.3f} = correctness {parts['correctness']:+.3f}, coherence {parts['coherence']:+.3f}, "
+                 f"length {parts['length']:+.3f}\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
