@@ -44,8 +44,9 @@ class ScoreMetrics:
         self.majority_right += (right in leading) / max(1, len(leading))
         self.with_signal += not carry_no_signal([output["reward"] for output in outputs])
         for output, answer, correct in zip(outputs, arms.answers, arms.correct):
-            tally = self.arms.setdefault(output["name"], ArmTally())
-            tally.add(correct, output["num_tokens"], answer in leading)
+            if output["name"] not in self.arms:
+                self.arms[output["name"]] = ArmTally()
+            self.arms[output["name"]].add(correct, output["num_tokens"], answer in leading)
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
         if len(self.pending) == BATCH:
             self._fold()

@@ -9,7 +9,8 @@ from typing import Any
 from regime_w.answers import canonical_answer
 
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)  # a parsed row holds no circle
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -45,50 +46,46 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def check_row(row: Any) -> None:
     """Raises ValueError that names the field if a rollouts row is broken, and says what must stand there."""
-    _require(isinstance(row, dict), "the row", row, "an object")
+    if not isinstance(row, dict):
+        raise ValueError(f"the row must be an object, found {json.dumps(row)[:80]}; mend it")
     _field(row, "", "id", str)
     _number(row, "", "gold_answer")
     outputs = _field(row, "", "arm_outputs", list)
-    _require(bool(outputs), "field 'arm_outputs'", outputs, "a list of at least one arm's output")
+    if not outputs:
+        _fail("arm_outputs", outputs, "a list of at least one arm's output")
     other = _field(row, "", "counterfactual", dict, optional=True)
     if other is not None:
         _number(other, "counterfactual.", "gold_answer")
     for i, output in enumerate(outputs):
         where = f"arm_outputs[{i}]."
         if not isinstance(output, dict):
-            _require(False, f"field 'arm_outputs[{i}]'", output, "an object")
+            _fail(f"arm_outputs[{i}]", output, "an object")
         _field(output, where, "name", str)
         _field(output, where, "style", str)
         _field(output, where, "answer", str, optional=True)
-        _length(output, where)
+        if _field(output, where, "num_tokens", int) < 0:
+            _fail(f"{where}num_tokens", output["num_tokens"], "0 or more (tokens)")
         if other is not None:
             answered = _field(output, where, "counterfactual", dict)
-            _field(answered, f"{where}counterfactual.", "answer", str, optional=True)
-    names = [output["name"] for output in outputs]
-    _require(len(set(names)) == len(names), "field 'arm_outputs'", names, "outputs of arms with different names")
+            _field(answered, where + "counterfactual.", "answer", str, optional=True)
+    names = {output["name"] for output in outputs}
+    if len(names) < len(outputs):
+        _fail("arm_outputs", [output["name"] for output in outputs], "outputs of arms with different names")
 
 
 def _field(record: dict, where: str, name: str, kind: type, optional: bool = False) -> Any:
     if name not in record:
         raise ValueError(f"field '{where}{name}' is missing; add it")
     value = record[name]
-    if not (isinstance(value, kind) or optional and value is None):
-        kinds = {str: "a string", list: "a list", dict: "an object", int: "an integer of 0 or more (tokens)"}
-        _require(False, f"field '{where}{name}'", value, kinds[kind] + (" or null" if optional else ""))
+    if type(value) is not kind and not (optional and value is None):  # by type, as True is an int to isinstance
+        _fail(where + name, value, _KINDS[kind] + (" or null" if optional else ""))
     return value
 
 
 def _number(record: dict, where: str, name: str) -> None:
-    value = _field(record, where, name, str)
-    _require(canonical_answer(value) is not None, f"field '{where}{name}'", value, "a number, as a string")
+    if canonical_answer(_field(record, where, name, str)) is None:
+        _fail(where + name, record[name], "a number, as a string")
 
 
-def _length(output: dict, where: str) -> None:
-    value = _field(output, where, "num_tokens", int)
-    if value < 0 or isinstance(value, bool):
-        _require(False, f"field '{where}num_tokens'", value, "an integer of 0 or more (tokens)")
-
-
-def _require(holds: bool, what: str, found: Any, must: str) -> None:
-    if not holds:
-        raise ValueError(f"{what} must be {must}, found {json.dumps(found, default=str)[:80]}; mend it")
+def _fail(field: str, found: Any, must: str) -> None:
+    raise ValueError(f"field '{field}' must be {must}, found {json.dumps(found, default=str)[:80]}; mend it")

@@ -3,7 +3,6 @@
 Plain functions over sequences with one entry an arm. Answers are canonical strings (`answers.extract_answer`) or None.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from operator import mul
@@ -19,7 +18,7 @@ def s_end(answers: Sequence[str | None]) -> float:
 
 def leading_answers(answers: Sequence[str | None]) -> set[str]:
     """The most frequent answers: one, several in a tie, or none if no arm answered."""
-    counts = Counter(answer for answer in answers if answer is not None)
+    counts = {answer: answers.count(answer) for answer in set(answers) if answer is not None}
     most = max(counts.values(), default=0)
     return {answer for answer, count in counts.items() if count == most}
 
