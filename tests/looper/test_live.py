@@ -1,0 +1,70 @@
+"""Live metrics: one TSV a metric with a row an update; a resumed run's curves have no gap."""
+
+import json
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from looper import live
+from looper.live import LiveMetrics
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two seconds pass between two looks at the clock."""
+    times = iter(range(0, 1000, 2))
+    monkeypatch.setattr(live.time, "perf_counter", lambda: float(next(times)))
+
+
+def log(callback, state, step, **logs):
+    """As the Trainer logs: a copy into the history, then the callbacks."""
+    state.global_step = step
+    state.log_history.append({**logs, "step": step})
+    callback.on_log(None, state, TrainerControl(), logs=logs)
+
+
+def table(folder, name):
+    header, *rows = (folder / "plots" / "metrics" / f"{name}.tsv").read_text().splitlines()
+    return header.split("\t"), [[float(cell) for cell in row.split("\t")] for row in rows]
+
+
+def start(folder, history=()):
+    callback, state = LiveMetrics(folder), TrainerState(log_history=list(history))
+    callback.on_train_begin(None, state, TrainerControl())
+    return callback, state
+
+
+def test_each_metric_is_a_tsv_of_steps_and_values(tmp_path, clock):
+    callback, state = start(tmp_path)
+    log(callback, state, 1, loss=2.5, learning_rate=1e-3, grad_norm=0.5, epoch=0.1, num_tokens=100)
+    log(callback, state, 2, loss=1.5, learning_rate=5e-4, grad_norm=0.25, epoch=0.2, num_tokens=400)
+    log(callback, state, 2, train_runtime=3.0, train_loss=2.0, total_flos=9.0, epoch=0.2)
+    callback.on_train_end(None, state, TrainerControl())
+    assert table(tmp_path, "loss") == (["step", "loss"], [[1, 2.5], [2, 1.5]])
+    assert table(tmp_path, "learning_rate")[1] == [[1, 1e-3], [2, 5e-4]]
+    assert table(tmp_path, "tokens_per_second") == (["step", "tokens_per_second"], [[2, 150.0]])  # 300 tokens in 2 s
+    files = sorted(path.name for path in (tmp_path / "plots" / "metrics").iterdir())
+    assert files == ["grad_norm.tsv", "learning_rate.tsv", "loss.tsv", "tokens_per_second.tsv"]
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary["loss"] == 1.5 and summary["step"] == 2
+    assert not list(tmp_path.rglob("dvc.yaml")), "dvc.yaml is written by hand"
+
+
+def test_a_resumed_run_has_the_curves_of_one_that_was_not_killed(tmp_path, clock):
+    callback, state = start(tmp_path)
+    for step in (1, 2, 3):
+        log(callback, state, step, loss=4.0 - step, num_tokens=100 * step)
+    # killed; the checkpoint is of step 2, and TRL counts tokens from 0 again
+    resumed, state = start(tmp_path, state.log_history[:2])
+    for step in (3, 4):
+        log(resumed, state, step, loss=4.0 - step, num_tokens=100 * (step - 2))
+    assert table(tmp_path, "loss")[1] == [[1, 3.0], [2, 2.0], [3, 1.0], [4, 0.0]]
+    assert table(tmp_path, "tokens_per_second")[1] == [[2, 50.0], [4, 50.0]], "that of step 2 comes from the checkpoint"
+
+
+def test_only_the_first_process_writes(tmp_path, clock):
+    callback, state = LiveMetrics(tmp_path / "live"), TrainerState(is_world_process_zero=False)
+    callback.on_train_begin(None, state, TrainerControl())
+    log(callback, state, 1, loss=1.0, num_tokens=1)
+    callback.on_train_end(None, state, TrainerControl())
+    assert not (tmp_path / "live").exists()
