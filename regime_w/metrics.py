@@ -43,10 +43,14 @@ class ScoreMetrics:
         self.mixed += 0 < share < 1
         self.majority_right += (right in leading) / max(1, len(leading))
         self.with_signal += not carry_no_signal([output["reward"] for output in outputs])
-        for output, answer, correct in zip(outputs, arms.answers, arms.correct):
-            if output["name"] not in self.arms:
-                self.arms[output["name"]] = ArmTally()
-            self.arms[output["name"]].add(correct, output["num_tokens"], answer in leading)
+        for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
+            tally = self.arms.get(output["name"])
+            if tally is None:
+                tally = self.arms[output["name"]] = ArmTally()
+            tally.questions += 1
+            tally.right += correct
+            tally.tokens += length
+            tally.in_majority += answer in leading
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
         if len(self.pending) == BATCH:
             self._fold()
@@ -86,12 +90,6 @@ class ArmTally:
 
     def __init__(self) -> None:
         self.questions = self.right = self.tokens = self.in_majority = 0
-
-    def add(self, correct: bool, tokens: int, in_majority: bool) -> None:
-        self.questions += 1
-        self.right += correct
-        self.tokens += tokens
-        self.in_majority += in_majority
 
     def metrics(self, seed: int) -> dict[str, float]:
         low, high = beta_interval(self.right, self.questions - self.right, seed)

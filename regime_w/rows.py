@@ -4,11 +4,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from regime_w.answers import canonical_answer
 
 
+_MISSING = object()
 _KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)  # a parsed row holds no circle
 
@@ -48,44 +49,49 @@ def check_row(row: Any) -> None:
     """Raises ValueError that names the field if a rollouts row is broken, and says what must stand there."""
     if not isinstance(row, dict):
         raise ValueError(f"the row must be an object, found {json.dumps(row)[:80]}; mend it")
-    _field(row, "", "id", str)
-    _number(row, "", "gold_answer")
-    outputs = _field(row, "", "arm_outputs", list)
+    _field(row, (), "id", str)
+    _number(row, (), "gold_answer")
+    outputs = _field(row, (), "arm_outputs", list)
     if not outputs:
         _fail("arm_outputs", outputs, "a list of at least one arm's output")
-    other = _field(row, "", "counterfactual", dict, optional=True)
+    other = _field(row, (), "counterfactual", dict, optional=True)
     if other is not None:
-        _number(other, "counterfactual.", "gold_answer")
+        _number(other, ("counterfactual",), "gold_answer")
     for i, output in enumerate(outputs):
-        where = f"arm_outputs[{i}]."
         if not isinstance(output, dict):
             _fail(f"arm_outputs[{i}]", output, "an object")
+        where = ("arm_outputs", i)
         _field(output, where, "name", str)
         _field(output, where, "style", str)
         _field(output, where, "answer", str, optional=True)
         if _field(output, where, "num_tokens", int) < 0:
-            _fail(f"{where}num_tokens", output["num_tokens"], "0 or more (tokens)")
+            _fail(_path(where, "num_tokens"), output["num_tokens"], "0 or more (tokens)")
         if other is not None:
             answered = _field(output, where, "counterfactual", dict)
-            _field(answered, where + "counterfactual.", "answer", str, optional=True)
+            _field(answered, (*where, "counterfactual"), "answer", str, optional=True)
     names = {output["name"] for output in outputs}
     if len(names) < len(outputs):
         _fail("arm_outputs", [output["name"] for output in outputs], "outputs of arms with different names")
 
 
-def _field(record: dict, where: str, name: str, kind: type, optional: bool = False) -> Any:
-    if name not in record:
-        raise ValueError(f"field '{where}{name}' is missing; add it")
-    value = record[name]
-    if type(value) is not kind and not (optional and value is None):  # by type, as True is an int to isinstance
-        _fail(where + name, value, _KINDS[kind] + (" or null" if optional else ""))
-    return value
+def _field(record: dict, where: tuple, name: str, kind: type, optional: bool = False) -> Any:
+    value = record.get(name, _MISSING)
+    if type(value) is kind or optional and value is None:  # by type, as True is an int to isinstance
+        return value
+    if value is _MISSING:
+        raise ValueError(f"field '{_path(where, name)}' is missing; add it")
+    return _fail(_path(where, name), value, _KINDS[kind] + (" or null" if optional else ""))
 
 
-def _number(record: dict, where: str, name: str) -> None:
+def _number(record: dict, where: tuple, name: str) -> None:
     if canonical_answer(_field(record, where, name, str)) is None:
-        _fail(where + name, record[name], "a number, as a string")
+        _fail(_path(where, name), record[name], "a number, as a string")
 
 
-def _fail(field: str, found: Any, must: str) -> None:
+def _path(where: tuple, name: str) -> str:
+    """('arm_outputs', 3), 'answer' is arm_outputs[3].answer."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in (*where, name)).lstrip(".")
+
+
+def _fail(field: str, found: Any, must: str) -> NoReturn:
     raise ValueError(f"field '{field}' must be {must}, found {json.dumps(found, default=str)[:80]}; mend it")
