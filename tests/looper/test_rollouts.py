@@ -1,0 +1,104 @@
+"""Rollouts: which prompts are asked in which order, and what a row keeps of the answers."""
+
+import json
+
+import pytest
+from tiny import tiny_rows
+
+from looper import rollouts
+from looper.generation import Completion
+from looper.params import Rollouts
+from looper.prompts import TEMPLATES, prompt_ids
+from looper.rollouts import roll_out
+from regime_w.arms import ARMS
+
+SETTINGS = Rollouts(questions=3, max_new_tokens=17, batch_size=5, seed=11)
+ROWS = tiny_rows(3)
+COUNTERFACTUALS = {
+    "train-00001": {"id": "train-00001", "split": "train", "question": "Ann has 9 apples and buys 3 more. How many?",
+                    "gold_answer": "12", "changed_from": "2", "changed_to": "9"},
+    "train-00099": {"id": "train-00099", "split": "train", "question": "not asked", "gold_answer": "1", "changed_from": "1",
+                    "changed_to": "2"},
+}
+
+
+@pytest.fixture
+def asked(monkeypatch, tokenizer):
+    """A model whose i-th answer is `#### i`; what it was asked."""
+    calls = []
+
+    def generate_in_chunks(model, requests, scratch, **options):
+        calls.append((model, requests, scratch, options))
+        answers = [tokenizer.encode(f"It is so.\n#### {i}<|im_end|>", add_special_tokens=False) for i in range(len(requests))]
+        return [Completion(ids, [-0.5] * len(ids), truncated=i % 2 == 1) for i, ids in enumerate(answers)]
+
+    monkeypatch.setattr(rollouts, "generate_in_chunks", generate_in_chunks)
+    return calls
+
+
+def test_every_arm_answers_every_question_and_its_counterfactual_in_one_call(asked, tokenizer, tmp_path):
+    template = TEMPLATES["qwen"]
+    roll_out("model", tokenizer, template, ROWS, COUNTERFACTUALS, SETTINGS, tmp_path)
+    ((model, requests, scratch, options),) = asked
+    questions = [ROWS[0]["question"], ROWS[1]["question"], COUNTERFACTUALS["train-00001"]["question"], ROWS[2]["question"]]
+    expected = [(prompt_ids(tokenizer, template, question, arm.instruction), arm.temperature)
+                for question in questions for arm in ARMS]
+    assert [tuple(request) for request in requests] == expected and len(requests) == 32
+    assert (model, scratch) == ("model", tmp_path)
+    assert options["eos_token_ids"] == {tokenizer.eos_token_id} and options["seed"] == 11
+    assert (options["max_new_tokens"], options["batch_size"]) == (17, 5)
+
+
+def test_the_prompt_of_an_arm_is_its_instruction_and_the_neutral_one(asked, tokenizer, tmp_path):
+    roll_out("model", tokenizer, TEMPLATES["qwen"], ROWS[:1], {}, SETTINGS, tmp_path)
+    texts = [tokenizer.decode(request.prompt) for request in asked[0][1]]
+    for text, arm in zip(texts, ARMS, strict=True):
+        assert text.startswith(f"<|im_start|>system\n{arm.instruction}<|im_end|>\n<|im_start|>user\n")
+        assert text.endswith(f"{ROWS[0]['question']}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_each_row_gets_its_own_answers_in_the_arms_order(asked, tokenizer, tmp_path):
+    rows = roll_out("model", tokenizer, TEMPLATES["chatml"], ROWS, COUNTERFACTUALS, SETTINGS, tmp_path)
+    assert [row["id"] for row in rows] == [row["id"] for row in ROWS]
+    answers = [[output["answer"] for output in row["arm_outputs"]] for row in rows]
+    assert answers == [[str(i) for i in range(start, start + 8)] for start in (0, 8, 24)]
+    others = [[output["counterfactual"] and output["counterfactual"]["answer"] for output in row["arm_outputs"]] for row in rows]
+    assert others == [[None] * 8, [str(i) for i in range(16, 24)], [None] * 8]
+    for row in rows:
+        assert [(output["name"], output["style"], output["temperature"]) for output in row["arm_outputs"]] == [
+            (arm.name, arm.style, arm.temperature) for arm in ARMS]
+
+
+def test_a_row_has_exactly_the_agreed_fields(asked, tokenizer, tmp_path):
+    rows = roll_out("model", tokenizer, TEMPLATES["chatml"], ROWS, COUNTERFACTUALS, SETTINGS, tmp_path)
+    row, output = rows[1], rows[1]["arm_outputs"][3]
+    assert list(row) == ["id", "question", "gold_answer", "counterfactual", "arm_outputs"]
+    assert row["counterfactual"] == {"question": "Ann has 9 apples and buys 3 more. How many?", "gold_answer": "12",
+                                     "changed_from": "2", "changed_to": "9"}
+    assert rows[0]["counterfactual"] is None
+    ids = tokenizer.encode("It is so.\n#### 11<|im_end|>", add_special_tokens=False)
+    assert list(output) == ["name", "style", "temperature", "full_text", "reasoning", "answer", "token_ids", "num_tokens",
+                            "truncated", "logprobs", "counterfactual"]
+    assert output["full_text"] == "It is so.\n#### 11" and output["answer"] == "11"
+    assert output["token_ids"] == ids and output["num_tokens"] == len(ids) and output["logprobs"] == [-0.5] * len(ids)
+    assert output["truncated"] is True and rows[1]["arm_outputs"][2]["truncated"] is False
+    assert output["counterfactual"] == {
+        "full_text": "It is so.\n#### 19", "reasoning": output["reasoning"], "answer": "19", "num_tokens": len(ids),
+        "truncated": True}
+    assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(("written", "truncated", "reasoning", "answer"), [
+    ("She has 7.\n</think>\n\n#### 7<｜end▁of▁sentence｜>", False, "She has 7.", "7"),
+    ("She has 7, #### 7<｜end▁of▁sentence｜>", True, "She has 7, #### 7", None),
+    ("a</think> <think> again #### 8<｜end▁of▁sentence｜>", True, None, None),
+])
+def test_an_unclosed_think_is_truncated_whatever_ended_it(monkeypatch, tokenizer, tmp_path, written, truncated, reasoning, answer):
+    ids = tokenizer.encode(written, add_special_tokens=False)
+    monkeypatch.setattr(rollouts, "generate_in_chunks", lambda _, requests, *__, **___: [
+        Completion(ids, [0.0] * len(ids), False) for _ in requests])
+    (row,) = roll_out("model", tokenizer, TEMPLATES["deepseek_r1"], ROWS[:1], {}, SETTINGS, tmp_path)
+    output = row["arm_outputs"][0]
+    assert output["full_text"] == "<think>\n" + written.removesuffix("<｜end▁of▁sentence｜>")
+    assert output["truncated"] is truncated and output["answer"] == answer and output["num_tokens"] == len(ids)
+    assert reasoning is None or output["reasoning"].strip() == reasoning

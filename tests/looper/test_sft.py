@@ -1,0 +1,242 @@
+"""Fine-tuning through TRL's own trainer, on the tiny model in float32: what is trained on, and that a kill changes nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_rows, tiny_sft
+from transformers import TrainerCallback
+
+from looper import sft
+from looper.prompts import TEMPLATES, end_token_ids, training_ids
+from looper.sft import finetune, tokenize
+
+CHATML = TEMPLATES["chatml"]
+
+
+class Killed(BaseException):
+    """As a signal: nothing of the trainer catches it."""
+
+
+class Watch(TrainerCallback):
+    """The gradients that the optimiser got; dies after `kill_at` updates."""
+
+    def __init__(self, kill_at=None):
+        self.kill_at, self.gradients = kill_at, []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                               if parameter.grad is not None})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.kill_at:
+            raise Killed
+
+
+@pytest.fixture
+def train(tokenizer, tmp_path, monkeypatch):
+    """Fine-tunes the tiny model; returns (adapter's weights, metrics, trainer, watch)."""
+    trainers, real = [], sft.SFTTrainer
+
+    def run(rows=None, settings=None, watch=None, name="run", template=CHATML, model=None):
+        watch = watch or Watch()
+
+        def build(**options):
+            trainers.append(real(**options | {"callbacks": [*options["callbacks"], watch]}))
+            return trainers[-1]
+
+        monkeypatch.setattr(sft, "SFTTrainer", build)
+        trained, metrics = finetune(model or tiny_model(), tokenizer, template, rows or tiny_rows(), settings or tiny_sft(),
+                                    tmp_path / name / "scratch", tmp_path / name / "live")
+        weights = {key: parameter.detach().clone() for key, parameter in trained.named_parameters() if parameter.requires_grad}
+        return weights, metrics, trainers[-1], watch
+
+    return run
+
+
+def plain_loss(tokenizer, rows, loss_on, template=CHATML):
+    """Mean cross-entropy over the trained tokens, a row at a time: no padding, no mask, no TRL."""
+    model, total, count = tiny_model(), 0.0, 0
+    for row in rows:
+        ids, mask = (torch.tensor(each) for each in training_ids(tokenizer, template, row))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1)
+        losses = -logprobs[torch.arange(len(ids) - 1), ids[1:]]
+        chosen = mask[1:].bool() if loss_on == "completion" else torch.ones(len(ids) - 1, dtype=torch.bool)
+        total, count = total + losses[chosen].sum().item(), count + int(chosen.sum())
+    return total / count
+
+
+def same_bits(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def assert_close(found, expected, atol=1e-5):
+    assert found.keys() == expected.keys() and found
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- what is trained on ----
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_labels_are_the_completion_and_its_end_token(train, tokenizer, name):
+    template, rows = TEMPLATES[name], tiny_rows(8)
+    _, _, trainer, _ = train(rows, template=template)
+    assert set(trainer.train_dataset.column_names) >= {"input_ids", "labels"}
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    assert batch["input_ids"].shape == batch["labels"].shape and len({sum(mask) for mask in batch["attention_mask"]}) > 1
+    for row, prepared, ids, labels in zip(rows, trainer.train_dataset, batch["input_ids"], batch["labels"], strict=True):
+        expected, mask = training_ids(tokenizer, template, row)
+        expected_labels = [token if bit else -100 for token, bit in zip(expected, mask, strict=True)]
+        assert prepared["input_ids"] == expected and prepared["labels"] == expected_labels
+        assert ids.tolist()[:len(expected)] == expected and labels.tolist()[:len(expected)] == expected_labels
+        assert set(labels.tolist()[len(expected):]) <= {-100}, "padding is not trained on"
+        text = tokenizer.decode([token for token in labels.tolist() if token != -100])
+        assert text == template.completion(row["solution"], row["gold_answer"]) and text.endswith(template.end)
+        assert expected_labels[-1] in end_token_ids(tokenizer, template)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "full"])
+def test_the_loss_is_the_mean_over_the_tokens_that_count(train, tokenizer, loss_on):
+    rows = tiny_rows(8)
+    _, metrics, trainer, _ = train(rows, tiny_sft(loss_on=loss_on))
+    expected = plain_loss(tokenizer, rows, loss_on)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["loss"] == {"mean": pytest.approx(expected, abs=1e-5), "first_tenth": pytest.approx(expected, abs=1e-5),
+                               "last_tenth": pytest.approx(expected, abs=1e-5)}
+    other = plain_loss(tokenizer, rows, {"completion": "full", "full": "completion"}[loss_on])
+    assert abs(expected - other) > 1e-2
+    trained = sum(label != -100 for row in trainer.train_dataset for label in row["labels"])
+    assert (trained == metrics["tokens"]) == (loss_on == "full")
+
+
+def test_no_attention_mask_reaches_the_model_and_none_is_missed(train, monkeypatch):
+    """Rows are padded on the right: under causal attention a mask changes nothing but which kernels run."""
+    def masks_seen():
+        model, seen = tiny_model(), []
+        model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+        return model, seen
+
+    model, seen = masks_seen()
+    without = train(settings=tiny_sft(), model=model, name="without")
+    assert len(seen) == 2 and seen == [None, None]
+    assert not without[2].model._forward_pre_hooks, "the hook goes when training is over"
+    monkeypatch.setattr(sft, "_without_mask", lambda module, args, kwargs: (args, kwargs))
+    model, seen = masks_seen()
+    masked = train(settings=tiny_sft(), model=model, name="masked")
+    assert len(seen) == 2 and all((mask == 0).any() for mask in seen), "there is padding"
+    losses = [[entry["loss"] for entry in run[2].state.log_history if "loss" in entry] for run in (without, masked)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for step in range(2):
+        assert_close(without[3].gradients[step], masked[3].gradients[step])
+    assert_close(without[0], masked[0])
+
+
+# ---- training ----
+
+def test_the_loss_falls_and_the_end_is_learnt(train, tokenizer):
+    rows = tiny_rows(8)
+    settings = tiny_sft(lora={"r": 16, "alpha": 32}, epochs=10, learning_rate=3e-2, batch_size=4, micro_batch=4)
+    weights, metrics, trainer, _ = train(rows, settings)
+    assert metrics["loss"]["first_tenth"] > 5.5 and metrics["loss"]["last_tenth"] < 2
+    assert (metrics["steps"], metrics["rows"]) == (20, 8) and metrics["tokens"] == sum(
+        len(training_ids(tokenizer, CHATML, row)[0]) for row in rows)
+    assert len(weights) == 28 and all(parameter.dtype is torch.float32 for parameter in weights.values())
+    ids, _ = training_ids(tokenizer, CHATML, rows[0])
+    with torch.no_grad():
+        end = trainer.model.eval()(torch.tensor([ids[:-1]])).logits[0, -1].argmax().item()
+    assert end == ids[-1] == tokenizer.eos_token_id, "after the answer the model stops"
+
+
+def test_only_the_adapter_is_trained(train):
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model=model)
+    after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    assert same_bits(after, before)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 4}, {"micro_batch": 1}, {"gradient_checkpointing": True}])
+def test_what_saves_memory_gives_the_same_update(train, changes):
+    rows = tiny_rows(16)
+    expected = train(rows, tiny_sft(learning_rate=1e-3), name="expected")
+    found = train(rows, tiny_sft(learning_rate=1e-3, **changes), name="found")
+    assert len(found[3].gradients) == len(expected[3].gradients) == 2
+    for step in range(2):
+        assert_close(found[3].gradients[step], expected[3].gradients[step])
+    assert max(gradient.abs().max() for gradient in expected[3].gradients[0].values()) > 1e-2
+    assert_close(found[0], expected[0])
+    assert found[1]["loss"]["mean"] == pytest.approx(expected[1]["loss"]["mean"], abs=1e-5)
+
+
+def test_the_gradient_norm_is_clipped(train):
+    _, _, trainer, watch = train(tiny_rows(8), tiny_sft(max_grad_norm=0.01))
+    norm = torch.cat([gradient.flatten() for gradient in watch.gradients[0].values()]).norm().item()
+    assert norm == pytest.approx(0.01, rel=1e-3) and trainer.state.log_history[0]["grad_norm"] > 0.1
+
+
+def test_the_settings_reach_the_trainer(train, tmp_path):
+    settings = tiny_sft(lora={"r": 2, "alpha": 6, "dropout": 0.25}, warmup_share=0.5, epochs=2, micro_batch=4, seed=5)
+    _, _, trainer, _ = train(settings=settings)
+    config, arguments = trainer.model.peft_config["default"], trainer.args
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 6, 0.25)
+    assert (arguments.seed, arguments.data_seed, arguments.gradient_accumulation_steps) == (5, 5, 2)
+    assert arguments.optim == "adamw_torch" and not arguments.bf16 and arguments.max_length is None
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 5e-3]), "two updates of warm-up, then a cosine to zero"
+    files = {path.stem for path in (tmp_path / "run" / "live" / "plots" / "metrics").iterdir()}
+    assert files >= {"loss", "learning_rate", "grad_norm", "tokens_per_second"}
+
+
+# ---- a kill ----
+
+def test_a_run_killed_and_resumed_gives_the_same_bits(train, tmp_path):
+    settings = tiny_sft(lora={"dropout": 0.3}, epochs=3, save_steps=2, learning_rate=1e-3)  # six updates over three epochs
+    expected, metrics, _, _ = train(settings=settings, name="whole")
+    for kill_at in (3, 5):  # within an epoch, and after a second checkpoint
+        with pytest.raises(Killed):
+            train(settings=settings, watch=Watch(kill_at), name="killed")
+    checkpoints = tmp_path / "killed" / "scratch" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
+    (checkpoints / "checkpoint-5" / "trainer_state.json").unlink()  # killed once more, while it saved
+    found, resumed_metrics, _, watch = train(settings=settings, name="killed")
+    assert len(watch.gradients) == 2, "two updates were left"
+    assert same_bits(found, expected) and resumed_metrics == metrics
+    curves = [(tmp_path / name / "live" / "plots" / "metrics" / "loss.tsv").read_text() for name in ("whole", "killed")]
+    assert curves[0] == curves[1] and len(curves[0].splitlines()) == 7
+
+
+def test_equal_runs_are_equal_and_another_seed_is_not(train):
+    rows, settings = tiny_rows(8), tiny_sft(lora={"dropout": 0.3})
+    torch.manual_seed(1)
+    first = train(rows, settings, name="a")
+    torch.manual_seed(2)
+    second = train(rows, settings, name="b")
+    assert same_bits(first[0], second[0]) and first[1] == second[1]
+    assert not same_bits(train(rows, tiny_sft(lora={"dropout": 0.3}, seed=1), name="c")[0], first[0])
+
+
+# ---- what is refused ----
+
+def test_a_row_that_is_too_long_is_refused(train, tokenizer, tmp_path):
+    rows = tiny_rows(8)
+    length, longest = max((len(training_ids(tokenizer, CHATML, row)[0]), row["id"]) for row in rows)
+    assert len(tokenize(tokenizer, CHATML, rows, length)) == 8
+    with pytest.raises(ValueError, match=f"{longest} is {length} tokens, sft.max_tokens is {length - 1}; raise sft.max_tokens"):
+        train(rows, tiny_sft(max_tokens=length - 1))
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_template_whose_end_is_no_token_is_refused(train):
+    with pytest.raises(ValueError, match=r"model\.template: its end token '<\|eot\|>'"):
+        train(template=CHATML._replace(end="<|eot|>"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    with pytest.raises(ValueError, match=r"sft: the (loss|grad_norm) of update \d is (nan|inf); nothing stored, .*learning_rate"):
+        train(settings=tiny_sft(learning_rate=1e25, epochs=3, save_steps=1))
+    kept = [path.name for path in (tmp_path / "run" / "scratch" / "checkpoints").glob("checkpoint-*")]
+    assert kept == ["checkpoint-1"], "the last one before"
