@@ -32,7 +32,8 @@ _NUMBER = re.compile(rf"""
 
 _ANSWER = re.compile(r"answer\s{0,3}(?:is\b|:|=)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s)")
-_HEADING = re.compile(r"\W*(?:step\b|[0-9]+[.)]\s+[a-z])", re.IGNORECASE)  # '#### Step 3: …' and '#### 3. Add …'
+# '#### Step 3: …', and '#### 3. Add …' with more beneath it
+_HEADING = re.compile(r"\W*(?:step\b|[0-9]{1,2}[.)][ ]+[a-z][^\n]*\n\s*\S)", re.IGNORECASE)
 _LEAD = re.compile(r"(?:\\[a-z]+|(?!\.[0-9])[^\w+-]|_|(?:the\s+)?(?:final\s+)?answer\b(?:\s+is\b)?)*", re.IGNORECASE)
 
 

@@ -1,0 +1,94 @@
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regime_w import __main__ as command
+from regime_w import demo
+from regime_w.sample_rows import random_rows, worked_rows
+from regime_w.score import score_row
+
+
+def test_the_demo_explains_every_worked_question(capsys: pytest.CaptureFixture) -> None:
+    assert demo.main([]) == 0
+    out = capsys.readouterr().out
+    for row in worked_rows():
+        scored = score_row(row)
+        assert row["id"] in out
+        assert f"reward {scored['reward']:.3f} = correctness" in out
+        for output in scored["arm_outputs"]:
+            assert f"{output['reward']:>9.3f}{output['advantage']:>11.3f}" in out
+    assert out.count("wolfram-0.2") == len(worked_rows())
+    assert "0.4 of s_wm" in out and "0.001 a token of mean length over 400" in out
+
+
+def test_the_demo_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in random_rows(3)))
+    assert demo.main([str(file)]) == 0
+    assert "random-000002" in capsys.readouterr().out
+    file.write_text(json.dumps(worked_rows()[0]) + "\n{}\n")
+    assert demo.main([str(file)]) == 2
+    assert f"{file}:2: field 'id' is missing; add it\n" in capsys.readouterr().err
+    assert demo.main([str(tmp_path / "none.jsonl")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_the_demos_help(capsys: pytest.CaptureFixture) -> None:
+    assert demo.main(["--help"]) == 0
+    assert demo.main(["a", "b"]) == 2
+    assert capsys.readouterr().out.count("python -m regime_w.demo") == 2
+
+
+def test_worked_questions_show_what_they_say() -> None:
+    agree, alone, remembered, wrong, long = map(score_row, worked_rows())
+    assert agree["s_wm"] == pytest.approx(1, abs=2e-3)
+    assert [output["correct"] for output in alone["arm_outputs"]].count(True) == 1
+    assert remembered["s_cf"] == 0.25 < remembered["s_end"]
+    assert wrong["reward"] < 0.5 and wrong["s_end"] == 1.0
+    assert long["reward_parts"]["length"] < -0.5
+
+
+def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in random_rows(20)))
+    assert command.main(["score", str(source), str(target)]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 20
+    assert len(target.read_text().splitlines()) == 20
+    assert command.main(["replay", str(target)]) == 0
+    assert json.loads(capsys.readouterr().out)["questions"] == 20
+    source.write_text('{"id": "x", "gold_answer": "1"}\n')
+    assert command.main(["score", str(source), str(target)]) == 2
+    assert capsys.readouterr().err == f"{source}:1: field 'arm_outputs' is missing; add it; nothing written\n"
+    assert command.main(["score", str(tmp_path / "no"), str(target)]) == 2
+
+
+def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert command.main([]) == 2
+    assert "score IN.jsonl OUT.jsonl" in capsys.readouterr().err
+    assert command.main(["bench", "50"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"questions", "seconds", "peak_memory_mib"}
+    problems = tmp_path / "gsm8k.jsonl"
+    problems.write_text(json.dumps({"question": "Ann has 20 pens and buys 9. Sum?", "answer": "<<20+9=29>>29\n#### 29"}) + "\n"
+                        + json.dumps({"question": "Ann has 20 pens?", "answer": "#### 20"}) + "\n")
+    assert command.main(["counterfactuals", str(problems)]) == 0
+    assert json.loads(capsys.readouterr().out) == {"questions": 2, "counterfactuals": 1, "share": 0.5}
+
+
+@pytest.mark.parametrize(("module", "status"), [("regime_w", 2), ("regime_w.demo", 0)])
+def test_as_programs(module: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module, raising=False)  # else runpy warns that it runs a second time
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    assert stopped.value.code == status
+    assert f"python -m {module}" in "".join(capsys.readouterr())
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = ("import sys, regime_w.demo, regime_w.__main__; "
+            "print([name for name in ('torch', 'transformers', 'pydantic', 'scipy', 'looper') if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "[]\n"
