@@ -190,4 +190,4 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
         return size
 
     peak(50)  # fills caches
-    assert peak(600) < 1.5 * peak(100)
+    assert peak(600) - peak(100) < 150_000  # bytes; 500 rows themselves take some 3 million
