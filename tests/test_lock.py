@@ -1,0 +1,52 @@
+"""dvc.lock was made by the committed code and params: every hash it records for a file in git is that file's."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+TRACKED = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"))
+
+
+def stages() -> dict[str, dict]:
+    """Every stage of dvc.yaml, those of a foreach one by one, with its templates filled in."""
+    found = {}
+    for name, entry in PIPELINE.items():
+        for key, item in entry.get("foreach", {"": {}}).items():
+            text = yaml.safe_dump(entry.get("do", entry)).replace("${key}", key).replace("${item.model}", item.get("model", ""))
+            found[f"{name}@{key}" if key else name] = yaml.safe_load(text)
+    return found
+
+
+def test_the_lock_has_every_stage_and_no_other():
+    assert set(LOCK) == set(stages())
+
+
+@pytest.mark.parametrize("name", sorted(stages()))
+def test_the_lock_is_of_this_stage(name):
+    assert LOCK[name]["cmd"] == stages()[name]["cmd"]
+    assert {dep["path"] for dep in LOCK[name].get("deps", [])} == set(stages()[name]["deps"])
+
+
+@pytest.mark.parametrize("name", sorted(stages()))
+def test_files_in_git_are_those_that_made_the_lock(name):
+    checked = 0
+    for kind in ("deps", "outs"):
+        for entry in LOCK[name].get(kind, []):
+            if entry["path"] in TRACKED:
+                found = hashlib.md5((ROOT / entry["path"]).read_bytes()).hexdigest()
+                assert found == entry["md5"], f"{entry['path']} is not the one that made dvc.lock; run make repro, commit"
+                checked += 1
+    assert checked > 3  # at the least, the stage's own module and what it imports
+
+
+@pytest.mark.parametrize("name", sorted(stages()))
+def test_params_are_those_that_made_the_lock(name):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    sections = stages()[name].get("params", [])
+    assert LOCK[name].get("params", {}) == ({"params.yaml": {key: params[key] for key in sections}} if sections else {})
