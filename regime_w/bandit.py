@@ -6,7 +6,7 @@ mean + sqrt(2 ln n / nᵢ). A floor share keeps every arm alive: at 500 question
 standard error near 2 points, too much to give one up. Propensities are stored, so that estimates can be corrected.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -71,6 +71,16 @@ def allocate(posteriors: Sequence[Posterior], answers: int, allocation: Allocati
     if allocation == "uniform" and answers % arms == 0:
         return [answers // arms] * arms, shares.tolist()
     return rng.multinomial(answers, shares / shares.sum()).tolist(), shares.tolist()
+
+
+def posteriors_of(rows: Iterable[dict], names: Sequence[str]) -> list[Posterior]:
+    """The posterior of each arm in `names` from scored rows (`score.score_row`); an arm that they lack starts afresh."""
+    counts = {name: [0, 0] for name in names}
+    for row in rows:
+        for output in row["arm_outputs"]:
+            if output["name"] in counts:
+                counts[output["name"]][0 if output["correct"] else 1] += 1
+    return [Posterior(*counts[name]) for name in names]
 
 
 def update(posteriors: Sequence[Posterior], arm: int, right: bool) -> list[Posterior]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from regime_w.bandit import Posterior, allocate, choose, propensities, replay, update
+from regime_w.bandit import Posterior, allocate, choose, posteriors_of, propensities, replay, update
 
 
 def rng() -> np.random.Generator:
@@ -103,3 +103,8 @@ def test_replay_without_a_floor_need_not_try_every_arm() -> None:
 def test_rows_that_cannot_be_replayed(rows: list, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         replay(rows)
+
+
+def test_posteriors_of_scored_rows() -> None:
+    rows = scored(np.array([[1, 0, 1], [1, 0, 0]]))
+    assert posteriors_of(rows, ["arm-2", "arm-0", "new"]) == [Posterior(1, 1), Posterior(2, 0), Posterior(0, 0)]
