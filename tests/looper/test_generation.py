@@ -454,8 +454,9 @@ def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_gpu_logprobs_equal_a_full_forward_pass(dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "mean", "largest"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-2, 5e-2)])
+def test_gpu_logprobs_equal_a_full_forward_pass(dtype, mean, largest):
+    """In bfloat16 a logit of 4 is rounded by up to 0.016, and a temperature of 0.5 doubles that."""
     model = tiny_model(initializer_range=0.05, hidden_size=256, vocab_size=2000).to("cuda", dtype)
     prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4, 2000)
     temperatures = [0.0, 0.5, 1.0] * 11
@@ -463,7 +464,8 @@ def test_gpu_logprobs_equal_a_full_forward_pass(dtype, tolerance):
     assert found == generate(model, prompts, temperatures=temperatures, **settings(max_new_tokens=100, batch_size=8))
     for completion, prompt, temperature in zip(found, prompts, temperatures):
         expected = teacher_forced(model, prompt, completion, temperature).cpu()
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=tolerance)
+        difference = (torch.tensor(completion.logprobs) - expected).abs()
+        assert difference.mean() <= mean and difference.max() <= largest
 
 
 @pytest.mark.gpu
