@@ -23,11 +23,13 @@ CURVES = {
 
 def main() -> None:
     load_params()
+    from looper.evaluation import PREDICTION_FIELDS
     from looper.files import read_json, write_json
     from looper.jsonl import iterate_jsonl, read_jsonl
     from looper.report import MODELS, plot_rows, summarise, table, write_report
 
-    predictions = {name: read_jsonl(Path("data/predictions") / f"{name}.jsonl") for name in MODELS}
+    predictions = {name: read_jsonl(Path("data/predictions") / f"{name}.jsonl", PREDICTION_FIELDS)
+                   for name in MODELS}
     figures = {name: read_json(Path("metrics") / f"eval_{name}.json") for name in MODELS}
     metrics = {name: read_json(Path("metrics") / f"{name}.json") for name in METRICS}
     summary = summarise(predictions, figures)
