@@ -1,6 +1,6 @@
 """params.yaml: every error at once with its path, before anything is loaded."""
 
-import copy
+import re
 import subprocess
 import sys
 import time
@@ -10,15 +10,18 @@ import pytest
 import yaml
 
 from looper.params import check, load_params, parse
+from looper.profile import apply
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+with pytest.MonkeyPatch.context() as patch:  # the sample profile's params, whichever is in force here
+    patch.chdir(ROOT)
+    SAMPLE = apply("sample", Path("params.yaml").read_text(encoding="utf-8"))
 REMOVED = object()
 
 
 def changed(**changes):
     """The committed params with `sft__lora__r=1` set, or removed."""
-    content = parse(COMMITTED)
+    content = parse(SAMPLE)
     for path, value in changes.items():
         *sections, key = path.split("__")
         section = content
@@ -37,9 +40,9 @@ def errors(**changes):
     return str(caught.value).splitlines()
 
 
-def test_the_committed_file_is_right_and_frozen():
-    params = load_params(ROOT / "params.yaml")
-    assert params.sft.lora.r == 32 and params.ppo.kl.target == 0.1 and params.score.weight_end == 0.4
+def test_the_sample_profile_is_right_and_frozen():
+    params = check(parse(SAMPLE), "params.yaml")
+    assert params.model.template == "chatml" and params.ppo.kl.target == 0.1 and params.score.weight_end == 0.4
     with pytest.raises(ValueError, match="frozen"):
         params.sft.seed = 1
 
@@ -53,7 +56,8 @@ def test_every_setting_stands_in_params_yaml():
                 yield from paths(value, f"{above}{key}.")
 
     in_force = load_params(ROOT / "params.yaml").model_dump()
-    assert set(paths(parse(COMMITTED))) == set(paths(in_force))
+    content = parse((ROOT / "params.yaml").read_bytes())
+    assert set(paths(content)) == set(paths(in_force))
     assert {"ppo.kl.horizon", "score.resamples", "sft.lora.r"} < set(paths(in_force))
 
 
@@ -85,11 +89,11 @@ def test_all_errors_come_at_once_each_with_its_path():
     ({"score__weight_end": float("inf")}, "  score.weight_end: Input should be a finite number, found inf"),
     ({"ppo__learning_rate": float("nan")}, "  ppo.learning_rate: Input should be a finite number, found nan"),
     # impossible combinations
-    ({"sft__micro_batch": 3}, "  sft: batch_size 8 must be a multiple of micro_batch 3"),
+    ({"sft__batch_size": 8, "sft__micro_batch": 3}, "  sft: batch_size 8 must be a multiple of micro_batch 3"),
     ({"model__quantization": "nf4", "model__dtype": "float32"},
      "  model: quantization nf4 computes in bfloat16: set dtype to bfloat16, or quantization to none"),
     ({"score__weight_end": -1}, "  score: weight_end must be 0 or more, found -1.0"),
-    ({"ppo__mini_batch_size": 3}, "  ppo: batch_size 8 must be a multiple of mini_batch_size 3"),
+    ({"ppo__batch_size": 8, "ppo__mini_batch_size": 3}, "  ppo: batch_size 8 must be a multiple of mini_batch_size 3"),
 ])
 def test_what_each_mistake_gets(changes, message):
     (first, *rest) = errors(**changes)
@@ -118,12 +122,12 @@ def test_what_dvc_exp_run_writes_is_a_number(tmp_path):
     """`dvc exp run -S ppo.learning_rate=1.0e-5` writes 1e-05, text to a plain YAML 1.1 reader."""
     from dvc.utils.hydra import apply_overrides
 
-    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(SAMPLE, encoding="utf-8")
     apply_overrides(str(tmp_path / "params.yaml"), ["ppo.learning_rate=1.0e-5", "sft.learning_rate=3.0e-4", "sft.seed=7"])
     assert yaml.safe_load((tmp_path / "params.yaml").read_text())["ppo"]["learning_rate"] == "1e-05", "DVC has mended this"
     params = load_params(tmp_path / "params.yaml")
     assert (params.ppo.learning_rate, params.sft.learning_rate, params.sft.seed) == (1e-5, 3e-4, 7)
-    expected = copy.deepcopy(load_params(ROOT / "params.yaml").model_dump())
+    expected = check(parse(SAMPLE), "params.yaml").model_dump()
     expected["ppo"]["learning_rate"], expected["sft"]["learning_rate"], expected["sft"]["seed"] = 1e-5, 3e-4, 7
     assert params.model_dump() == expected
 
@@ -138,7 +142,7 @@ def test_which_texts_are_numbers(text, value):
 
 
 def test_bad_params_answer_at_once_and_load_nothing(tmp_path):
-    (tmp_path / "params.yaml").write_text(COMMITTED.replace("epochs: 1", "epochs: none", 1))
+    (tmp_path / "params.yaml").write_text(re.sub("epochs: [0-9.]+", "epochs: none", SAMPLE, count=1))
     code = ("import sys, runpy\n"
             "try: runpy.run_module('stages.sft', run_name='__main__', alter_sys=True)\n"
             "except SystemExit as end: print(end.code)\n"
@@ -153,7 +157,7 @@ def test_bad_params_answer_at_once_and_load_nothing(tmp_path):
 
 
 def test_the_module_checks_the_file(tmp_path):
-    for text, code in ((COMMITTED, 0), ("sft: 1", 2)):
+    for text, code in ((SAMPLE, 0), ("sft: 1", 2)):
         (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
         done = subprocess.run([sys.executable, "-m", "looper.params"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT), "PATH": ""})

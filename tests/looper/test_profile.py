@@ -2,17 +2,23 @@
 
 import re
 import shutil
+import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from looper import profile
 from looper.params import check, parse
-from looper.profile import PROFILES, apply, main, overlay
+from looper.profile import PROFILES, main, overlay
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+apply = cache(profile.apply)
+with pytest.MonkeyPatch.context() as patch:  # the sample profile's params, whichever is in force here
+    patch.chdir(ROOT)
+    SAMPLE = apply("sample", Path("params.yaml").read_text(encoding="utf-8"))
 NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 
 
@@ -25,7 +31,7 @@ def in_root(monkeypatch):
 def folder(tmp_path, monkeypatch):
     """A folder of its own to run in."""
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    (tmp_path / "params.yaml").write_text(COMMITTED, encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(SAMPLE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,12 +53,13 @@ def run(monkeypatch, capsys):
 
 def test_there_are_four_profiles_and_sample_is_committed_byte_for_byte():
     assert NAMES == ["platinum", "platinum_arm", "reference", "sample"]
-    assert apply("sample", COMMITTED) == COMMITTED
+    committed = subprocess.run(["git", "show", "HEAD:params.yaml"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    assert apply("sample", committed) == committed
 
 
 @pytest.mark.parametrize(("after", "before"), product(NAMES, NAMES))
 def test_a_profile_undoes_another(after, before):
-    assert apply(after, apply(before, COMMITTED)) == apply(after, COMMITTED)
+    assert apply(after, apply(before, SAMPLE)) == apply(after, SAMPLE)
 
 
 def test_profiles_set_the_same_keys_so_that_none_leaves_traces():
@@ -69,8 +76,9 @@ def test_profiles_set_the_same_keys_so_that_none_leaves_traces():
 
 
 def test_platinum_undoes_changes_by_hand():
-    by_hand = COMMITTED.replace("r: 32", "r: 8").replace("target: 0.1", "target: 6.0").replace("questions: 50", "questions: 5")
-    assert by_hand != COMMITTED and apply("platinum", by_hand) == apply("platinum", COMMITTED)
+    by_hand = re.sub(r"\b(r|target|questions): [0-9.]+", r"\1: 7", SAMPLE)
+    assert [parse(by_hand)[section] != parse(SAMPLE)[section] for section in ("sft", "ppo", "dev_eval")] == [True] * 3
+    assert apply("platinum", by_hand) == apply("platinum", SAMPLE)
 
 
 # design.md, section 4
@@ -89,7 +97,7 @@ PLATINUM = {
 @pytest.mark.parametrize(("name", "credit"), [("platinum", "question"), ("platinum_arm", "arm")])
 def test_platinum_holds_the_designs_values(name, credit):
     """In the file itself, whatever stood in params.yaml before, and in what it makes of params.yaml."""
-    params = parse(apply(name, COMMITTED))
+    params = parse(apply(name, SAMPLE))
     check(params, name)
     for path, expected in (PLATINUM | {"ppo.credit": credit}).items():
         for values in (params, overlay(name)):
@@ -104,25 +112,25 @@ def test_every_comment_is_kept_and_floats_stay_readable(name):
     def comments(params):
         return re.findall(r"# .*", params)
 
-    text = apply(name, COMMITTED)
-    assert comments(text) == comments(COMMITTED) and len(comments(text)) > 30
+    text = apply(name, SAMPLE)
+    assert comments(text) == comments(SAMPLE) and len(comments(text)) > 30
     assert not re.search(r"\d[eE]", re.sub(r"\d\.\de|#.*|[0-9a-f]{40,}", "", text)), "a float that YAML 1.1 reads as text"
     assert "null" in text
 
 
 def test_it_writes_params_yaml_and_shows_the_change(folder, run):
     code, out, _ = run("platinum")
-    assert code == 0 and (folder / "params.yaml").read_text(encoding="utf-8") == apply("platinum", COMMITTED)
-    assert "-  learning_rate: 1.0e-3\n+  learning_rate: 5.0e-5\n" in out
+    assert code == 0 and (folder / "params.yaml").read_text(encoding="utf-8") == apply("platinum", SAMPLE)
+    assert "\n-  template: chatml" in out and "\n+  template: deepseek_r1" in out and "\n+  learning_rate: 5.0e-5\n" in out
     assert run("sample")[0] == 0
-    assert (folder / "params.yaml").read_text(encoding="utf-8") == COMMITTED
+    assert (folder / "params.yaml").read_text(encoding="utf-8") == SAMPLE
 
 
 def test_diff_writes_nothing(folder, run):
     before = (folder / "params.yaml").stat().st_mtime_ns
     code, out, _ = run("platinum", "--diff")
     assert code == 0 and "+  quantization: nf4" in out
-    assert (folder / "params.yaml").read_text(encoding="utf-8") == COMMITTED
+    assert (folder / "params.yaml").read_text(encoding="utf-8") == SAMPLE
     assert (folder / "params.yaml").stat().st_mtime_ns == before
 
 
