@@ -8,7 +8,6 @@ import numpy as np
 
 from regime_w.answer_set import AnswerSet
 from regime_w.chsh import chsh_summary
-from regime_w.reward import carry_no_signal
 from regime_w.scoring import leading_answers
 from regime_w.settings import ScoreSettings
 
@@ -42,7 +41,7 @@ class ScoreMetrics:
         self.any_right += share > 0
         self.mixed += 0 < share < 1
         self.majority_right += (right in leading) / max(1, len(leading))
-        self.with_signal += not carry_no_signal([output["reward"] for output in outputs])
+        self.with_signal += any(output["advantage"] for output in outputs)
         for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
             tally = self.arms.get(output["name"])
             if tally is None:
