@@ -90,7 +90,7 @@ def test_a_reward_weight_leaves_sft_and_the_other_models_alone(project):
 
 
 def test_a_ppo_setting_reruns_ppo_and_what_reads_it(project):
-    change(project, "ppo", "clip_low", 0.1)
+    change(project, "ppo", "learning_rate", 1.0e-3)
     assert rerun(project) == {"ppo", "eval@ppo", "report"}
 
 
@@ -102,8 +102,8 @@ def test_an_sft_setting_reruns_all_but_base_data_and_the_base_evaluation(project
 
 def test_an_experiment_is_run_compared_and_listed(project):
     before = (project / "params.yaml").read_text()
-    assert rerun(project, "dvc", "exp", "run", "-S", "ppo.learning_rate=1.0e-2") == {"ppo", "eval@ppo", "report"}
-    assert yaml.safe_load((project / "params.yaml").read_text())["ppo"]["learning_rate"] == 1.0e-2
+    assert rerun(project, "dvc", "exp", "run", "-S", "ppo.learning_rate=1.0e-5") == {"ppo", "eval@ppo", "report"}
+    assert yaml.safe_load((project / "params.yaml").read_text())["ppo"]["learning_rate"] == 1.0e-5
     difference = run(project, "dvc", "metrics", "diff", "--all")
     assert re.search(r"metrics/summary.json\s+accuracy.ppo", difference)
     assert re.search(r"metrics/ppo.json\s+policy_loss", difference)
