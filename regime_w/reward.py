@@ -36,10 +36,9 @@ def arm_reward_parts(correct: Sequence[bool], contributions: Sequence[float], le
 
 def advantages(rewards: Sequence[float]) -> list[float]:
     """Aᵢ = rᵢ − mean of the other arms' rewards (leave one out); they sum to 0. A single arm has no advantage: 0."""
-    others = len(rewards) - 1
-    if others < 1 or carry_no_signal(rewards):
+    if carry_no_signal(rewards):
         return [0.0] * len(rewards)
-    whole = sum(rewards)
+    whole, others = sum(rewards), len(rewards) - 1
     return [reward - (whole - reward) / others for reward in rewards]
 
 

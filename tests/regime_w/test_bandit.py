@@ -71,22 +71,22 @@ def scored(table: np.ndarray) -> list[dict]:
 
 
 def test_replay_finds_the_better_arm_and_counts_regret() -> None:
-    table = np.random.default_rng(5).random((400, 4)) < np.array([0.2, 0.25, 0.8, 0.3])
-    report = replay(scored(table), repeats=5)
+    table = np.random.default_rng(5).random((240, 4)) < np.array([0.2, 0.25, 0.8, 0.3])
+    report = replay(scored(table), repeats=3)
     totals = table.sum(axis=0)
-    assert report["questions"] == 400
-    assert report["best_arm"] == {"name": "arm-2", "accuracy": pytest.approx(totals[2] / 400)}
+    assert report["questions"] == 240
+    assert report["best_arm"] == {"name": "arm-2", "accuracy": pytest.approx(totals[2] / 240)}
     assert report["uniform_expected"] == {"accuracy": pytest.approx(table.mean(), abs=1e-6), "regret": totals[2] - totals.mean()}
     for allocation in ("uniform", "thompson", "ucb1"):
         found = report[allocation]
-        assert found["regret"] == pytest.approx(totals[2] - 400 * found["accuracy"], abs=1e-3)
-        assert found["gain_over_uniform"] == pytest.approx(400 * found["accuracy"] - totals.mean(), abs=1e-3)
+        assert found["regret"] == pytest.approx(totals[2] - 240 * found["accuracy"], abs=1e-3)
+        assert found["gain_over_uniform"] == pytest.approx(240 * found["accuracy"] - totals.mean(), abs=1e-3)
         assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-5)
-        assert found["ips"] == pytest.approx(table.mean(), abs=0.08)
+        assert found["ips"] == pytest.approx(table.mean(), abs=0.12)
     assert abs(report["uniform"]["gain_over_uniform"]) < 15
-    assert report["thompson"]["shares"]["arm-2"] > 0.7 and report["thompson"]["regret"] < 0.4 * report["uniform"]["regret"]
+    assert report["thompson"]["shares"]["arm-2"] > 0.6 and report["thompson"]["regret"] < 0.5 * report["uniform"]["regret"]
     assert report["ucb1"]["shares"]["arm-2"] > 0.4
-    assert report == replay(scored(table), repeats=5) != replay(scored(table), repeats=5, seed=1)
+    assert report == replay(scored(table), repeats=3) != replay(scored(table), repeats=3, seed=1)
 
 
 def test_replay_without_a_floor_need_not_try_every_arm() -> None:

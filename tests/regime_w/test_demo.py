@@ -81,7 +81,8 @@ def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(("module", "status"), [("regime_w", 2), ("regime_w.demo", 0)])
 def test_as_programs(module: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module, raising=False)  # else runpy warns that it runs a second time
+    for name in (module, f"{module}.__main__"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns that it runs a second time
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
     assert stopped.value.code == status

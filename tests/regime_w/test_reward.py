@@ -13,6 +13,7 @@ from regime_w.settings import ScoreSettings
     ([True], 1.0, [401], 1 + 0.7 - 0.001),
     ([False] * 2, 1.0, [300, 900], -0.5 + 0.7 - 0.2),  # by the mean length, 600
     ([False] * 2, 0.0, [0, 2048], -0.5 - 0.624),
+    ([True] * 2, 0.0, [401, 402], 1 - 0.0015),
 ])
 def test_group_reward_by_hand(correct: list, s_wm: float, lengths: list, reward: float) -> None:
     assert regime_w_reward(correct, s_wm, lengths) == pytest.approx(reward, abs=1e-12)
