@@ -1,1 +1,1 @@
-"""Regime W: scores a set of answers to one question for coherence and correctness. Numpy and the standard library only."""
+"""Regime W: scores a set of answers to one question for coherence and correctness. Needs numpy only."""

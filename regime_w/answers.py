@@ -51,8 +51,8 @@ def split_reasoning(text: str) -> tuple[str, str]:
 def extract_answer(text: str) -> str | None:
     """The answer of a model's text as a canonical number, such as '18', '-0.5' or '1/3'; None if there is none.
 
-    After the last `</think>`: the last `####`, else the last `\\boxed{}`, else the last 'answer is', else the last number.
-    A text with an unclosed `<think>` has no answer.
+    After the last `</think>`: the last `####`, else the last `\\boxed{}`, else the last 'answer is',
+    else the last number. A text with an unclosed `<think>` has no answer.
     """
     _, final = _think_block(text)
     for read in (_after_marker, _in_box, _after_answer_is, _last_number):
@@ -124,7 +124,7 @@ def flexible_extract(text: str) -> str:
 
 
 def harness_match(extracted: str, gold: str) -> bool:
-    """The harness's exact_match with the task's patterns; `gold` is the canonical answer, or GSM8K's whole answer text."""
+    """The harness's exact_match with the task's patterns; `gold` is canonical, or GSM8K's whole answer text."""
     return _harness_form(extracted) == _harness_form(gold)
 
 
@@ -167,13 +167,13 @@ def _after_answer_is(text: str) -> Fraction | None:
     found = None
     for found in _ANSWER.finditer(text):
         pass
-    return _value(_sentence(text[found.end():found.end() + WINDOW])) if found else None
+    return _value(_sentence(text[found.end():])) if found else None
 
 
 def _last_number(text: str) -> Fraction | None:
     end = max(text.rfind(digit) for digit in "0123456789") + 1
     number = None
-    for number in _numbers(text[max(0, end - WINDOW):end + 1]):
+    for number in _numbers(text[max(0, end - WINDOW):end]):
         pass
     return number
 

@@ -16,7 +16,7 @@ MAUDLIN = (
 class Arm:
     """One way to answer: `instruction` leads the neutral tutoring prompt, `temperature` is that of sampling.
 
-    The instruction belongs where the model's template wants it (R1 distillations: in the user's turn, no system prompt).
+    The instruction belongs where the model's template wants it (R1 distillations: the user's turn, no system prompt).
     """
 
     name: str

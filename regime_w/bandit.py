@@ -1,9 +1,9 @@
 """Arms as bandits: which arm should answer, learnt from answers already scored.
 
-An arm's posterior is Beta(1 + right, 1 + wrong). `uniform` is the original design and the default; `thompson` draws each
-arm's accuracy from its posterior and takes the highest; `ucb1` (Auer, Cesa-Bianchi and Fischer 2002) takes the highest
-mean + sqrt(2 ln n / nᵢ). A floor share keeps every arm alive: at 500 questions the difference of two arms has a paired
-standard error near 2 points, too much to give one up. Propensities are stored, so that estimates can be corrected.
+An arm's posterior is Beta(1 + right, 1 + wrong). `uniform` is the original design and the default; `thompson` draws
+each arm's accuracy from its posterior and takes the highest; `ucb1` (Auer, Cesa-Bianchi and Fischer 2002) takes the
+highest mean + sqrt(2 ln n / nᵢ). A floor share keeps every arm alive: at 500 questions the difference of two arms has a
+paired standard error near 2 points, too much to give one up. Propensities are stored, so that estimates can be corrected.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,8 +34,8 @@ def propensities(posteriors: Sequence[Posterior], allocation: Allocation, rng: n
                  ) -> np.ndarray:
     """The probability of choosing each arm, shape (arms,); none is below floor / arms. Sums to 1.
 
-    Thompson's probabilities are estimated from draws of the posteriors, and the choice is made with the estimate: what is
-    stored is exactly what was done. Raises ValueError for an unknown allocation or a floor outside [0, 1].
+    Thompson's probabilities are estimated from draws of the posteriors, and the choice is made with the estimate: what
+    is stored is exactly what was done. Raises ValueError for an unknown allocation or a floor outside [0, 1].
     """
     arms = len(posteriors)
     if not 0 <= floor <= 1:
@@ -53,7 +53,8 @@ def propensities(posteriors: Sequence[Posterior], allocation: Allocation, rng: n
     return floor / arms + (1 - floor) * best
 
 
-def choose(posteriors: Sequence[Posterior], allocation: Allocation, rng: np.random.Generator, floor: float = FLOOR) -> Choice:
+def choose(posteriors: Sequence[Posterior], allocation: Allocation, rng: np.random.Generator, floor: float = FLOOR
+           ) -> Choice:
     """One arm, drawn with `propensities`."""
     shares = propensities(posteriors, allocation, rng, floor)
     return Choice(int(rng.choice(len(shares), p=shares / shares.sum())), tuple(float(share) for share in shares))
@@ -74,7 +75,7 @@ def allocate(posteriors: Sequence[Posterior], answers: int, allocation: Allocati
 
 
 def posteriors_of(rows: Iterable[dict], names: Sequence[str]) -> list[Posterior]:
-    """The posterior of each arm in `names` from scored rows (`score.score_row`); an arm that they lack starts afresh."""
+    """The posterior of each arm in `names` from scored rows; an arm that they lack starts afresh."""
     counts = {name: [0, 0] for name in names}
     for row in rows:
         for output in row["arm_outputs"]:
@@ -85,7 +86,8 @@ def posteriors_of(rows: Iterable[dict], names: Sequence[str]) -> list[Posterior]
 
 def update(posteriors: Sequence[Posterior], arm: int, right: bool) -> list[Posterior]:
     """The posteriors after one more answer of `arm`."""
-    return [Posterior(each.right + right, each.wrong + (not right)) if i == arm else each for i, each in enumerate(posteriors)]
+    return [Posterior(each.right + right, each.wrong + (not right)) if i == arm else each
+            for i, each in enumerate(posteriors)]
 
 
 def replay(rows: Sequence[dict], floor: float = FLOOR, repeats: int = 20, seed: int = 0) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _table(rows: Sequence[dict]) -> tuple[list[str], np.ndarray]:
     for number, row in enumerate(rows, 1):
         outputs = row["arm_outputs"]
         if [output["name"] for output in outputs] != names or any("correct" not in output for output in outputs):
-            raise ValueError(f"row {number}: a replay needs 'correct' for the same arms in every row; score the file first")
+            raise ValueError(f"row {number}: a replay needs 'correct' for the same arms in every row; score it first")
         table.append([int(output["correct"]) for output in outputs])
     return names, np.array(table)
 

@@ -1,7 +1,7 @@
 """CHSH and Contextuality-by-Default on answers: the two styles as parties, (q, q′) as settings. See docs/chsh.md.
 
 An outcome is +1 for a right answer and −1 for a wrong one. A party's outcomes on a version of the question are those of
-its arms. Independent arms are a local model: the expected |S| is at most 2. S measures robustness here, nothing quantum.
+its arms. Independent arms are a local model: the expected |S| is at most 2. S measures robustness, nothing quantum.
 """
 
 from collections import Counter
@@ -51,9 +51,9 @@ def s_cf_chsh(a: Outcomes, b: Outcomes) -> float:
 def chsh_summary(cells: Mapping[tuple[Outcomes, Outcomes], int], resamples: int, seed: int) -> dict[str, float | None]:
     """Mean S over questions, its 95% bootstrap interval, and a permutation null.
 
-    cells: how many questions had each pair of outcomes; as there are few different pairs, this holds any number of questions.
-    null: the second party's outcomes are dealt anew among the questions, `resamples` times. It keeps how often each party is
-    right and breaks what they share about a question; p_value is the share of deals with a mean S as high.
+    cells: how many questions had each pair of outcomes; few pairs differ, so this holds any number of questions.
+    null: the second party's outcomes are dealt anew among the questions, `resamples` times. It keeps how often each
+    party is right and breaks what they share about a question; p_value is the share of deals with a mean S as high.
     """
     keys = ("questions", "s", "s_low", "s_high", "null_mean", "null_low", "null_high", "p_value")
     n = sum(cells.values())
@@ -75,8 +75,8 @@ def _permuted(pairs: Sequence[tuple[Outcomes, Outcomes]], counts: np.ndarray, re
               ) -> np.ndarray:
     """Mean S of `resamples` random deals, shape (resamples,).
 
-    A random deal is a random table with the margins of the observed one: its rows are drawn one after the other, without
-    replacement, from what the second party's outcomes have left.
+    A random deal is a random table with the margins of the observed one: its rows are drawn one after the other,
+    without replacement, from what the second party's outcomes have left.
     """
     firsts, seconds = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
     row_sums = [sum(int(count) for (a, _), count in zip(pairs, counts) if a == first) for first in firsts]
@@ -97,10 +97,11 @@ def cbd(contexts: Mapping[tuple[int, int], Sequence[tuple[int, int]]]) -> dict[s
 
     contexts: for each (x, y), the outcomes (a, b) of ±1 that the parties gave together, at least one pair.
     s_odd: the largest of the sums of the four E(x, y) with an odd number of minus signs; S is one of them.
-    delta: how inconsistent the marginals are, Σₓ|⟨A_x in (x,0)⟩ − ⟨A_x in (x,1)⟩| + Σ_y|⟨B_y in (0,y)⟩ − ⟨B_y in (1,y)⟩|.
+    delta: inconsistency of the marginals, Σₓ|⟨A_x in (x,0)⟩ − ⟨A_x in (x,1)⟩| + Σ_y|⟨B_y in (0,y)⟩ − ⟨B_y in (1,y)⟩|.
     bound: 2 + delta. degree: s_odd − bound; only above 0 are the outcomes contextual.
     """
-    first, second = ({key: sum(pair[i] for pair in pairs) / len(pairs) for key, pairs in contexts.items()} for i in (0, 1))
+    first, second = ({key: sum(pair[i] for pair in pairs) / len(pairs) for key, pairs in contexts.items()}
+                     for i in (0, 1))
     e = {key: sum(a * b for a, b in pairs) / len(pairs) for key, pairs in contexts.items()}
     delta = sum(abs(first[i, 0] - first[i, 1]) + abs(second[0, i] - second[1, i]) for i in (0, 1))
     s_odd = max(sum(sign * e[key] for sign, key in zip(signs, CONTEXTS))

@@ -3,10 +3,10 @@
 GSM8K annotates each calculation of an answer as `<<expr=value>>`. The chain of these is executed anew with the changed
 number; a counterfactual is made only where the new answer is certain (design.md, section 5). What makes it so:
 
-- the number stands once in the question, in digits, is at least 3, and is no percentage, fraction, decimal, ratio, time,
-  label, or fact of the world ("7 days a week");
-- a calculation uses it once, and every other number in them is known: from the question, from an earlier calculation, or
-  implied by a word ("dozen"), so that no step was done in the solver's head;
+- the number stands once in the question, in digits, is at least 3, and is no percentage, fraction, decimal, ratio,
+  time, label, or fact of the world ("7 days a week");
+- a calculation uses it once, and every other number in them is known: from the question, from an earlier calculation,
+  or implied by a word ("dozen"), so that no step was done in the solver's head;
 - every plain number of the question is used, so that none is redundant, and the answer overlooks none;
 - no number in a calculation can be read in two ways that now differ;
 - every value stays positive, an integer where it was one, and within a factor of three; the answer changes;
@@ -47,17 +47,19 @@ class Move(NamedTuple):
 
 
 NAMES = (
-    ("James", "John", "Tom", "Mark", "Jack", "David", "Peter", "Michael", "Robert", "Daniel", "Andrew", "Paul", "Steve"),
+    ("James", "John", "Tom", "Mark", "Jack", "David", "Peter", "Michael", "Robert", "Daniel", "Andrew", "Paul"),
     ("Mary", "Anna", "Lisa", "Sarah", "Emily", "Jane", "Jessica", "Maria", "Julia", "Kate", "Laura", "Susan", "Rachel"),
 )
 TRIES = 60  # new numbers that are tried for one quantity
 FACTOR = 3  # within which every calculated value stays
-SMALLEST, PREFERRED = 3, 5  # small numbers often count people and things listed by name: they change only if no other can
-# A rule that a number switches on, a superlative, a room that can be full: the calculations show only the case that holds
+# Small numbers often count people and things listed by name: they change only if no other can
+SMALLEST, PREFERRED = 3, 5
+# A rule that a number switches on, a superlative, a room that can be full: calculations show only the case that holds
 _COMPARES = re.compile(
     r"\b(?:at (?:least|most)|exceed\w*|minimum|maximum|limit\w*|overtime|whichever|most|least|median|prime|rounded|"
     r"(?:high|low|cheap|long|short|tall|bigg|larg|small|old|young|fast|slow|heavi|light|great|few|clos|earli|lat)est|"
-    r"(?:over|more than|less than|above|below|under|beyond) \$?[0-9]|capacity|hold|holds|full|fill\w*|pool|tank|container)\b",
+    r"(?:over|more than|less than|above|below|under|beyond) \$?[0-9]|"
+    r"capacity|holds?|full|fill\w*|pool|tank|container)\b",
     re.IGNORECASE)
 _SYMBOLS = str.maketrans({"\u00d7": "*", "\u2212": "-", "\u2013": "-", "\u00f7": "/", "$": None, ",": None})
 _TIMES = re.compile(r"(?<=[0-9 )])[xX](?=[ (0-9])")
@@ -121,7 +123,7 @@ def change_name(question: str, answer: str, seed: int) -> Counterfactual | None:
 def read_chain(answer: str) -> list[Step] | None:
     """The calculations of a GSM8K answer in order: the annotated ones, and those in its prose ('3 + 4 = 7').
 
-    None if there are none, an annotated one is not arithmetic or not equal to its value, or the last is not the gold answer.
+    None if there are none, an annotated one is not arithmetic or not equal to its value, or the last is not the gold.
     """
     gold = _GOLD.search(answer)
     steps = []
@@ -138,7 +140,7 @@ def read_chain(answer: str) -> list[Step] | None:
 
 
 def tokenize(expression: str) -> list[Fraction | str] | None:
-    """Numbers (as Fraction), operators and parentheses of an arithmetic expression; None if anything else stands in it."""
+    """Numbers (as Fraction), operators and parentheses of an expression; None if anything else stands in it."""
     tokens, position = [], 0
     expression = expression.rstrip()
     while position < len(expression):
@@ -232,11 +234,12 @@ def keeps_order(moved: list[Move], quantities: list[Quantity], changes: dict[Fra
 
 
 def _alike_value(old: Fraction, new: Fraction) -> bool:
-    return old.denominator % new.denominator == 0 and (new == old == 0 or (new > 0 and old / FACTOR <= new <= old * FACTOR))
+    as_whole = old.denominator % new.denominator == 0  # an integer stays one
+    return as_whole and (new == old == 0 or (new > 0 and old / FACTOR <= new <= old * FACTOR))
 
 
 def _changed(question: str, group: tuple[Quantity, ...], new: tuple[int, ...], gold: Fraction) -> Counterfactual:
-    """The question with each quantity of `group`, in order of place, replaced; written as it was, with or without commas."""
+    """The question with each quantity of `group`, in order of place, replaced; commas stay where they were."""
     old_texts = [question[each.start:each.end] for each in group]
     new_texts = [f"{value:,}" if "," in old else str(value) for old, value in zip(old_texts, new)]
     text = question

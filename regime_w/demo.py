@@ -1,4 +1,4 @@
-"""`python -m regime_w.demo`: scores five worked questions and explains every number. `… FILE` does it for a rollouts file."""
+"""`python -m regime_w.demo`: five worked questions, scored and explained. `… FILE` does it for a rollouts file."""
 
 import sys
 from collections.abc import Iterable
@@ -50,9 +50,10 @@ def explain(row: dict) -> str:
         lines.append(f"   {output['name']:<14}{output['answer'] or 'none':>10}{'yes' if output['correct'] else 'no':>7}"
                      f"{output['num_tokens']:>8}{answered:>10}{output['reward']:>9.3f}{output['advantage']:>11.3f}")
     parts = row["reward_parts"]
-    lines.append(f"   s_end {row['s_end']:.3f}  s_path {row['s_path']:.3f}  s_cf {row['s_cf']:.3f}  ->  s_wm {row['s_wm']:.3f}")
-    lines.append(f"   reward {row['reward']:.3f} = correctness {parts['correctness']:+.3f}, coherence {parts['coherence']:+.3f}, "
-                 f"length {parts['length']:+.3f}\n")
+    components = "  ".join(f"{name} {row[name]:.3f}" for name in ("s_end", "s_path", "s_cf"))
+    lines.append(f"   {components}  ->  s_wm {row['s_wm']:.3f}")
+    lines.append(f"   reward {row['reward']:.3f} = correctness {parts['correctness']:+.3f}, "
+                 f"coherence {parts['coherence']:+.3f}, length {parts['length']:+.3f}\n")
     return "\n".join(lines)
 
 

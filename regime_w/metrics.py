@@ -26,9 +26,9 @@ class ScoreMetrics:
         self.arms: dict[str, ArmTally] = {}
         self.components = {
             "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
-        self.pending: list[tuple[float, ...]] = []  # the components and the share of right arms, folded in by the thousand
+        self.pending: list[tuple[float, ...]] = []  # components and share of right arms, folded in by the thousand
         self.counterfactual = CounterfactualTally()
-        self.outcomes: Counter = Counter()  # (Wolfram's, Maudlin's) outcomes: few different ones, whatever the file's size
+        self.outcomes: Counter = Counter()  # (Wolfram's, Maudlin's): few different ones in any file
 
     def add(self, row: dict, arms: AnswerSet) -> None:
         """Counts a scored row; `arms` is its `AnswerSet`."""
@@ -115,8 +115,10 @@ class CounterfactualTally:
     def metrics(self, questions: int) -> dict[str, float | None]:
         return {
             "share": _share(self.questions, questions),
-            "accuracy_original": _share(self.right, self.answers), "accuracy_changed": _share(self.cf_right, self.answers),
-            "gap": _share(self.right - self.cf_right, self.answers), "repeats_old_gold": _share(self.repeats, self.answers),
+            "accuracy_original": _share(self.right, self.answers),
+            "accuracy_changed": _share(self.cf_right, self.answers),
+            "gap": _share(self.right - self.cf_right, self.answers),
+            "repeats_old_gold": _share(self.repeats, self.answers),
         }
 
 
@@ -132,7 +134,7 @@ class Distribution:
         """Both of shape (questions,): the component, and the share of right arms."""
         self.n += len(values)
         self.minimum, self.maximum = min(self.minimum, float(values.min())), max(self.maximum, float(values.max()))
-        bins = ((values - self.low) / self.width + 1e-9).astype(int)  # a value at an edge belongs above it, rounding aside
+        bins = ((values - self.low) / self.width + 1e-9).astype(int)  # an edge belongs above, rounding aside
         self.counts += np.bincount(bins.clip(0, len(self.counts) - 1), minlength=len(self.counts))
         self.x += float(values.sum())
         self.y += float(shares_right.sum())

@@ -4,8 +4,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-_SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-          "eighteen nineteen").split()
+_SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+          "seventeen eighteen nineteen").split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = {word: i for i, word in enumerate(_SMALL)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
@@ -44,18 +44,19 @@ _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:%|percent|per cent)", re.IGNO
 
 _TIME = r"(?:second|minute|hour|day|night|week|month|year)s?"
 # Before a number: it is part of another, a label or a date
-_LABEL = re.compile(r"(?:[\w.#/:,-]|\b(?:grade|chapter|page|room|number|no|size|level|route|apartment|class|season|episode|"
-                    r"section|version|year|day|week|age|jan\w*|feb\w*|march|apr\w*|may|june?|july?|aug\w*|"
+_LABEL = re.compile(r"(?:[\w.#/:,-]|\b(?:grade|chapter|page|room|number|no|size|level|route|apartment|class|season|"
+                    r"episode|section|version|year|day|week|age|jan\w*|feb\w*|march|apr\w*|may|june?|july?|aug\w*|"
                     r"sep\w*|oct\w*|nov\w*|dec\w*)\.?\s)$", re.IGNORECASE)
 _YEAR = re.compile(r"\b(?:in|since|by|from|until|to|and|of|before|after)\s$", re.IGNORECASE)
 # Behind a number: a percentage, fraction, ratio, time, ordinal, range or decimal; or a fact of the world
-_BOUND = re.compile(rf"\s?(?:%|percent\b|per cent\b|[/:]\s?[0-9]|[ap]\.?m\b|o'clock)|[,.]?[0-9]|-[0-9]|(?:st|nd|rd|th)\b|\s?to [0-9]"
+_BOUND = re.compile(rf"\s?(?:%|percent\b|per cent\b|[/:]\s?[0-9]|[ap]\.?m\b|o'clock)"
+                    rf"|[,.]?[0-9]|-[0-9]|(?:st|nd|rd|th)\b|\s?to [0-9]"
                     rf"|[\s-]{_TIME} (?:a|an|per|each|every|in|of|out of)(?: the| a| an| each| one)? {_TIME}\b"
                     rf"|[\s-](?:sides?|sided|legs|wheels|fingers|letters|cards)\b", re.IGNORECASE)
 
 
 def read_quantities(question: str) -> list[Quantity]:
-    """Every number of the question in the order of digits, then words; number words, and their parts, are not changeable."""
+    """Every number of the question digits first, then words; words, and their parts, are not changeable."""
     quantities = []
     for found in _NUMBER.finditer(question):
         value = Fraction(found[0].replace(",", ""))

@@ -1,4 +1,4 @@
-"""Rewards: one for all arms of a question, or one an arm with its leave-one-out advantage. Formulas: design.md, section 5.
+"""Rewards: one for all arms of a question, or one an arm with its leave-one-out advantage. See design.md, section 5.
 
 Each comes as parts that add up to it, to be stored beside the total.
 """

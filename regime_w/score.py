@@ -67,8 +67,8 @@ def _score(row: dict, settings: ScoreSettings) -> tuple[dict, AnswerSet]:
         for output, correct, reward, each, advantage
         in zip(row["arm_outputs"], arms.correct, rewards, arm_parts, advantages(rewards), strict=True)
     ]
-    scored = {"reward": total(parts), "s_end": end, "s_path": path, "s_cf": cf, "s_wm": coherence, "reward_parts": parts,
-              "arm_outputs": outputs, "counterfactual": row["counterfactual"]}
+    scored = {"reward": total(parts), "s_end": end, "s_path": path, "s_cf": cf, "s_wm": coherence,
+              "reward_parts": parts, "arm_outputs": outputs, "counterfactual": row["counterfactual"]}
     head = row.copy()
     for key in scored.keys() & head.keys():
         del head[key]  # so that what is scored comes last, in our order

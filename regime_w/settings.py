@@ -1,4 +1,4 @@
-"""The settings of scoring: `params.yaml`'s section `score`. Standard library only, so that reading params stays fast."""
+"""The settings of scoring: `params.yaml`'s section `score`. Standard library only: reading params stays fast."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ def _require(holds: bool, text: str) -> None:
 class ScoreSettings:
     """Regime W's weights and choices; the defaults are the definition (design.md, section 5). Lengths are in tokens.
 
-    cf: where s_cf comes from; `cf_placeholder` is its value under `placeholder`, and for a question without counterfactual.
+    cf: where s_cf comes from; `cf_placeholder` is its value under `placeholder`, and for a question without one.
     path_within_style: s_path as the mean over the styles, which are designed to differ in length.
     weight_end, weight_path, weight_cf: of the components in s_wm.
     reward_correct, reward_wrong: paid if any arm is right, and if none is (per arm: if that arm is right, and if not).

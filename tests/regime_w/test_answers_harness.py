@@ -1,4 +1,4 @@
-"""strict_match, flexible_extract and harness_match against lm-evaluation-harness itself, with its task's own patterns."""
+"""strict_match, flexible_extract and harness_match against lm-evaluation-harness, with its task's own patterns."""
 
 import importlib.util
 import random
@@ -13,7 +13,8 @@ from regime_w.answers import flexible_extract, harness_match, strict_match
 
 pytestmark = pytest.mark.slow
 
-PIECES = ["#### ", "####", "18", "1,800", "-3", "$", "$18", ".", ",", "18.00", "...", "\n", " ", "<think>", "</think>", "\\boxed{18}", "x",
+PIECES = ["#### ", "####", "18", "1,800", "-3", "$", "$18", ".", ",", "18.00", "...", "\n", " ", "<think>", "</think>",
+    "\\boxed{18}", "x",
           "-", "#### -1,800.", "#### $18", "answer is ", "0", "٣", "½", "\u2212" "5", "#### 18.\n"]
 
 
@@ -63,7 +64,8 @@ def test_harness_match_equals_the_harness(task: dict, texts: list[str], monkeypa
     for i, text in enumerate(texts[:6000]):
         for extracted in (strict_match(text), flexible_extract(text)):
             gold = golds[i % len(golds)]
-            expected = bool(exact_match_hf_evaluate(predictions=[extracted], references=[gold], **options)["exact_match"])
+            expected = bool(exact_match_hf_evaluate(predictions=[extracted], references=[gold],
+                **options)["exact_match"])
             assert harness_match(extracted, gold) is expected, (extracted, gold)
             matches += expected
     assert matches > 300

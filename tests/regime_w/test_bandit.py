@@ -67,7 +67,8 @@ def test_allocate_keeps_the_original_design_under_uniform() -> None:
 
 
 def scored(table: np.ndarray) -> list[dict]:
-    return [{"arm_outputs": [{"name": f"arm-{i}", "correct": bool(right)} for i, right in enumerate(row)]} for row in table]
+    return [{"arm_outputs": [{"name": f"arm-{i}", "correct": bool(right)} for i, right in enumerate(row)]}
+            for row in table]
 
 
 def test_replay_finds_the_better_arm_and_counts_regret() -> None:
@@ -76,7 +77,8 @@ def test_replay_finds_the_better_arm_and_counts_regret() -> None:
     totals = table.sum(axis=0)
     assert report["questions"] == 240
     assert report["best_arm"] == {"name": "arm-2", "accuracy": pytest.approx(totals[2] / 240)}
-    assert report["uniform_expected"] == {"accuracy": pytest.approx(table.mean(), abs=1e-6), "regret": totals[2] - totals.mean()}
+    assert report["uniform_expected"] == {"accuracy": pytest.approx(table.mean(), abs=1e-6),
+        "regret": totals[2] - totals.mean()}
     for allocation in ("uniform", "thompson", "ucb1"):
         found = report[allocation]
         assert found["regret"] == pytest.approx(totals[2] - 240 * found["accuracy"], abs=1e-3)
@@ -84,7 +86,8 @@ def test_replay_finds_the_better_arm_and_counts_regret() -> None:
         assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-5)
         assert found["ips"] == pytest.approx(table.mean(), abs=0.12)
     assert abs(report["uniform"]["gain_over_uniform"]) < 15
-    assert report["thompson"]["shares"]["arm-2"] > 0.6 and report["thompson"]["regret"] < 0.5 * report["uniform"]["regret"]
+    assert report["thompson"]["shares"]["arm-2"] > 0.6
+    assert report["thompson"]["regret"] < 0.5 * report["uniform"]["regret"]
     assert report["ucb1"]["shares"]["arm-2"] > 0.4
     assert report == replay(scored(table), repeats=3) != replay(scored(table), repeats=3, seed=1)
 
@@ -98,7 +101,8 @@ def test_replay_without_a_floor_need_not_try_every_arm() -> None:
 @pytest.mark.parametrize(("rows", "text"), [
     ([], "needs scored rows, found none"),
     ([{"arm_outputs": [{"name": "a"}]}], "row 1: a replay needs 'correct'"),
-    ([{"arm_outputs": [{"name": "a", "correct": True}]}, {"arm_outputs": [{"name": "b", "correct": True}]}], "row 2: .* same arms"),
+    ([{"arm_outputs": [{"name": "a", "correct": True}]}, {"arm_outputs": [{"name": "b", "correct": True}]}],
+    "row 2: .* same arms"),
 ])
 def test_rows_that_cannot_be_replayed(rows: list, text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from regime_w.chsh import CONTEXTS, Outcomes, cbd, chsh_summary, correlations, s_cf_chsh, s_value
 
-OUTCOMES = st.integers(0, 6).flatmap(lambda n: st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda r: Outcomes(*r, n)))
+OUTCOMES = st.integers(0, 6).flatmap(
+    lambda n: st.tuples(st.integers(0, n), st.integers(0, n)).map(lambda right: Outcomes(*right, n)))
 
 
 def test_e_and_s_by_hand() -> None:
@@ -31,12 +32,14 @@ def test_e_is_the_mean_over_all_pairs_of_arms(a: Outcomes, b: Outcomes) -> None:
 
 
 @pytest.mark.parametrize(("a", "b", "value"), [
-    (Outcomes(4, 4, 4), Outcomes(4, 4, 4), 1.0), (Outcomes(0, 0, 4), Outcomes(0, 0, 4), 0.0),  # all wrong: S = 2, and no merit
+    # all wrong: S = 2, and no merit
+    (Outcomes(4, 4, 4), Outcomes(4, 4, 4), 1.0), (Outcomes(0, 0, 4), Outcomes(0, 0, 4), 0.0),
     (Outcomes(4, 0, 4), Outcomes(4, 0, 4), 0.0),  # right on q only: 1 - 1 - 1 - 1 = -2
     (Outcomes(3, 2, 4), Outcomes(4, 1, 4), 0.125), (Outcomes(0, 0, 0), Outcomes(4, 4, 4), 0.0),
     (Outcomes(0, 1, 1), Outcomes(0, 0, 1), 1.0), (Outcomes(0, 0, 1), Outcomes(0, 1, 1), 1.0),
     (Outcomes(1, 0, 1), Outcomes(0, 0, 1), 0.0), (Outcomes(0, 0, 1), Outcomes(1, 0, 1), 0.0),
-    (Outcomes(0, 1, 1), Outcomes(1, 0, 1), 1.0), (Outcomes(0, 1, 2), Outcomes(0, 0, 2), 1.0), (Outcomes(0, 0, 2), Outcomes(0, 1, 2), 1.0),
+    (Outcomes(0, 1, 1), Outcomes(1, 0, 1), 1.0), (Outcomes(0, 1, 2), Outcomes(0, 0, 2), 1.0),
+    (Outcomes(0, 0, 2), Outcomes(0, 1, 2), 1.0),
 ])
 def test_s_cf_chsh(a: Outcomes, b: Outcomes, value: float) -> None:
     assert s_cf_chsh(a, b) == value
@@ -44,7 +47,8 @@ def test_s_cf_chsh(a: Outcomes, b: Outcomes, value: float) -> None:
 
 def test_the_summary_of_one_kind_of_question() -> None:
     found = chsh_summary({(Outcomes(4, 4, 4), Outcomes(4, 4, 4)): 10}, 200, 0)
-    assert found == {"questions": 10, "s": 2.0, "s_low": 2.0, "s_high": 2.0, "null_mean": 2.0, "null_low": 2.0, "null_high": 2.0, "p_value": 1.0}
+    assert found == {"questions": 10, "s": 2.0, "s_low": 2.0, "s_high": 2.0, "null_mean": 2.0, "null_low": 2.0,
+        "null_high": 2.0, "p_value": 1.0}
     assert chsh_summary({}, 200, 0) == {"questions": 0, **dict.fromkeys(list(found)[1:])}
 
 
@@ -77,7 +81,8 @@ def test_the_null_keeps_uneven_margins() -> None:
     rng = np.random.default_rng(0)
     firsts = [pair[0] for pair, n in cells.items() for _ in range(n)]
     seconds = [pair[1] for pair, n in cells.items() for _ in range(n)]
-    deals = [np.mean([s_value(correlations(x, seconds[i])) for x, i in zip(firsts, rng.permutation(len(seconds)))]) for _ in range(2000)]
+    deals = [np.mean([s_value(correlations(x, seconds[i])) for x,
+        i in zip(firsts, rng.permutation(len(seconds)))]) for _ in range(2000)]
     found = chsh_summary(cells, 1000, 1)
     assert found["null_mean"] == pytest.approx(np.mean(deals), abs=0.03)
     assert found["null_low"] == pytest.approx(np.quantile(deals, 0.025), abs=0.12)

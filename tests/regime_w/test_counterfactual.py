@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regime_w.counterfactual import (Move, Step, change_name, evaluate, execute, keeps_order, make_counterfactual, read_chain, tokenize)
+from regime_w.counterfactual import (Move, Step, change_name, evaluate, execute, keeps_order, make_counterfactual,
+    read_chain, tokenize)
 from regime_w.quantities import read_quantities
 
 QUESTION = "Ann has 20 pens and buys 3 packs of 8 pens. How many pens has she?"
@@ -35,10 +36,12 @@ def test_a_small_number_changes_if_no_other_can_and_two_never() -> None:
 
 
 def test_commas_and_roundness_are_kept() -> None:
-    made = make_counterfactual("A car costs $12,000 and tax is $300. What is the total?", "<<12000+300=12300>>12300\n#### 12300", 1)
+    made = make_counterfactual("A car costs $12,000 and tax is $300. What is the total?",
+        "<<12000+300=12300>>12300\n#### 12300", 1)
     assert made.changed_from in ("12,000", "300")
     for seed in range(20):
-        made = make_counterfactual("A car costs $12,000. With $99 on top, what is it?", "<<12000+99=12099>>12099\n#### 12099", seed)
+        made = make_counterfactual("A car costs $12,000. With $99 on top, what is it?",
+            "<<12000+99=12099>>12099\n#### 12099", seed)
         if made.changed_from == "12,000":
             assert "," in made.changed_to and made.changed_to.endswith("00") and f"${made.changed_to}." in made.question
             break
@@ -63,8 +66,10 @@ def test_magnitude_stays_alike() -> None:
     ("Ann works 7 days a week, how many in 2 weeks?", "<<7*2=14>>14\n#### 14"),  # a fact, and implied by 'week'
     ("Ann has 20 pens, gives 5, gets some. Now?", "She had 15.\n<<15+9=24>>24\n#### 24"),  # 15 and 9 out of nowhere
     ("Ann has 20 pens and 30 clips and 9 cats. Pens and clips?", "<<20+30=50>>50\n#### 50"),  # 9 is left aside
-    ("Ann has 20 pens", "no calculation\n#### 20"), ("Ann has 20 pens", "<<20*2=41>>41\n#### 41"), ("Ann has 20 pens", "<<2x=4>>4\n#### 4"),
-    ("Ann has 20 pens", "<<20*2=40>>40"), ("", ""), ("Ann has 9 squared pens", "<<9*9=81>>81\n#### 81"),  # used twice in one calculation
+    ("Ann has 20 pens", "no calculation\n#### 20"), ("Ann has 20 pens", "<<20*2=41>>41\n#### 41"),
+    ("Ann has 20 pens", "<<2x=4>>4\n#### 4"),
+    # used twice in one calculation
+    ("Ann has 20 pens", "<<20*2=40>>40"), ("", ""), ("Ann has 9 squared pens", "<<9*9=81>>81\n#### 81"),
 ])
 def test_what_is_not_certain_gets_none(question: str, answer: str) -> None:
     assert all(make_counterfactual(question, answer, seed) is None for seed in range(5))
@@ -78,7 +83,8 @@ def test_a_value_that_two_things_share_is_not_touched() -> None:
 
 
 def test_values_stay_integers_and_positive() -> None:
-    question, answer = "48 eggs go into boxes of 6. Then 5 boxes are sold. How many boxes are left?", "<<48/6=8>>8\n<<8-5=3>>3\n#### 3"
+    question = "48 eggs go into boxes of 6. Then 5 boxes are sold. How many boxes are left?"
+    answer = "<<48/6=8>>8\n<<8-5=3>>3\n#### 3"
     for seed in range(40):
         made = make_counterfactual(question, answer, seed)
         eggs, size, sold = (int(word.strip(".")) for word in made.question.split() if word.strip(".").isdigit())
@@ -112,7 +118,8 @@ def test_equations_in_prose_join_the_chain() -> None:
 def test_read_chain() -> None:
     assert read_chain(ANSWER) == [Step([3, "*", 8], 24), Step([20, "+", 24], 44)]
     assert read_chain("so $1,200 - $200 = $1,000\n#### 1,000") == [Step([1200, "-", 200], 1000)]
-    assert read_chain("3 x 4 = 13, 3 x 4 = <<3*4=12>>12\n#### 12") == [Step([3, "*", 4], 12)]  # prose that is wrong is no step
+    # prose that is wrong is no step
+    assert read_chain("3 x 4 = 13, 3 x 4 = <<3*4=12>>12\n#### 12") == [Step([3, "*", 4], 12)]
     assert read_chain("<<-3+1=-2>>\n#### -2") == [Step(["-", 3, "+", 1], -2)]
     assert read_chain("<<3*4=12>>\n#### 13") is None
     assert read_chain("<<=12>>\n#### 12") is None
@@ -121,14 +128,18 @@ def test_read_chain() -> None:
 
 
 @pytest.mark.parametrize(("expression", "value"), [
-    ("2+3*4", 14), ("(2+3)*4", 20), ("2-3-4", -5), ("100/10/5", 2), ("-3+5", 2), ("2*-3", -6), ("--3", 3), ("1/4", Fraction(1, 4)),
-    (".5*4", 2), ("5.*2", 10), ("2.50*2", 5), (" 7 ", 7), ("((7))", 7), ("8/(1/2)", 16), ("2*(3+4)-1", 13), ("10-2*3+4", 8),
+    ("2+3*4", 14), ("(2+3)*4", 20), ("2-3-4", -5), ("100/10/5", 2), ("-3+5", 2), ("2*-3", -6), ("--3", 3),
+    ("1/4", Fraction(1, 4)),
+    (".5*4", 2), ("5.*2", 10), ("2.50*2", 5), (" 7 ", 7), ("((7))", 7), ("8/(1/2)", 16), ("2*(3+4)-1", 13),
+    ("10-2*3+4", 8),
 ])
 def test_arithmetic(expression: str, value: object) -> None:
     assert evaluate(tokenize(expression)) == value
 
 
-@pytest.mark.parametrize("expression", ["", "+", "2+", "(2", "2)", "2 3", "*2", "1/0", "2(3)", "()", "2+*3", "(2(", "+2"])
+@pytest.mark.parametrize("expression", [
+    "", "+", "2+", "(2", "2)", "2 3", "*2", "1/0", "2(3)", "()", "2+*3", "(2(", "+2",
+])
 def test_malformed_arithmetic_is_none(expression: str) -> None:
     assert evaluate(tokenize(expression)) is None
 
@@ -138,9 +149,11 @@ def test_other_characters_are_refused(expression: str) -> None:
     assert tokenize(expression) is None
 
 
-@given(st.recursive(st.integers(0, 99).map(str), lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map("({0[0]} {0[1]} {0[2]})".format)))
+@given(st.recursive(st.integers(0, 99).map(str), lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(
+    "({0[0]} {0[1]} {0[2]})".format)))
 def test_arithmetic_equals_pythons(expression: str) -> None:
-    exact = "".join(f"Fraction({part})" if part.isdigit() else part for part in expression.replace("(", "( ").replace(")", " )").split())
+    exact = "".join(f"Fraction({part})" if part.isdigit() else part for part in expression.replace("(",
+        "( ").replace(")", " )").split())
     try:
         expected = Fraction(eval(exact))  # our own text, not a model's
     except ZeroDivisionError:
@@ -159,7 +172,8 @@ def test_execute_and_order() -> None:
     assert execute(chain, known, {Fraction(8): Fraction(17, 2)}) is None  # 25.5 is no integer
     assert execute(chain, known | {Fraction(24)}, {Fraction(8): Fraction(9)}) is None  # 24 has two readings
     assert execute(read_chain("<<20-8=12>>\n<<12-8=4>>\n#### 4"), known, {Fraction(8): Fraction(10)}) is None  # 4 to 0
-    assert execute(read_chain("<<8*3=24>>\n<<24-24=0>>\n<<0+8=8>>\n#### 8"), known | {Fraction(0)}, {Fraction(8): Fraction(9)})[1] == Move(0, 0)
+    assert execute(read_chain("<<8*3=24>>\n<<24-24=0>>\n<<0+8=8>>\n#### 8"), known | {Fraction(0)},
+        {Fraction(8): Fraction(9)})[1] == Move(0, 0)
     quantities = read_quantities("20 and 3 and 8")
     assert keeps_order([Move(24, 27), Move(44, 47)], quantities, {Fraction(8): Fraction(9)})
     assert not keeps_order([Move(24, 63), Move(44, 83)], quantities, {Fraction(8): Fraction(21)})  # 8 < 20, 21 > 20
@@ -186,6 +200,7 @@ def test_another_name_keeps_the_answer() -> None:
     for each in made:
         assert each.changed_to not in question
         assert each.changed_from not in each.question.replace("Jameson", "")
-        assert each.question == question.replace("Jameson", "J@").replace(each.changed_from, each.changed_to).replace("J@", "Jameson")
+        assert each.question == question.replace("Jameson", "J@").replace(each.changed_from,
+            each.changed_to).replace("J@", "Jameson")
     assert change_name("He has 5 pens", "#### 5", 0) is None
     assert change_name(question, "no gold", 0) is None

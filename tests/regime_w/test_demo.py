@@ -72,7 +72,8 @@ def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command.main(["bench", "50"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"questions", "seconds", "peak_memory_mib"}
     problems = tmp_path / "gsm8k.jsonl"
-    problems.write_text(json.dumps({"question": "Ann has 20 pens and buys 9. Sum?", "answer": "<<20+9=29>>29\n#### 29"}) + "\n"
+    problems.write_text(json.dumps({"question": "Ann has 20 pens and buys 9. Sum?",
+    "answer": "<<20+9=29>>29\n#### 29"}) + "\n"
                         + json.dumps({"question": "Ann has 20 pens?", "answer": "#### 20"}) + "\n")
     assert command.main(["counterfactuals", str(problems)]) == 0
     assert json.loads(capsys.readouterr().out) == {"questions": 2, "counterfactuals": 1, "share": 0.5}

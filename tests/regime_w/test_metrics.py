@@ -35,7 +35,8 @@ def test_accuracies_by_hand() -> None:
     found = metrics_of(rows())
     assert found["questions"] == 3
     # Right: 2 of 3, 1 of 3, 0 of 3. Majority: right; a tie of '7' and '9' counts half; wrong.
-    assert found["accuracy"] == {"mean": pytest.approx(1 / 3, abs=1e-6), "any": pytest.approx(2 / 3, abs=1e-6), "majority": 0.5}
+    assert found["accuracy"] == {"mean": pytest.approx(1 / 3, abs=1e-6), "any": pytest.approx(2 / 3, abs=1e-6),
+        "majority": 0.5}
     assert found["signal"] == {"share": pytest.approx(2 / 3, abs=1e-6), "mixed_share": pytest.approx(2 / 3, abs=1e-6)}
 
 
@@ -43,7 +44,8 @@ def test_arms_by_hand() -> None:
     found = metrics_of(rows())["arms"]
     assert list(found) == ["a", "b", "c"]
     assert found["a"]["accuracy"] == pytest.approx(2 / 3, abs=1e-6)
-    assert [each["mean_length"] for each in found.values()] == [50, pytest.approx(170 / 3, abs=1e-6), pytest.approx(190 / 3, abs=1e-6)]
+    assert [each["mean_length"] for each in found.values()] == [50, pytest.approx(170 / 3, abs=1e-6),
+        pytest.approx(190 / 3, abs=1e-6)]
     assert [each["majority_share"] for each in found.values()] == [1.0, 1.0, pytest.approx(1 / 3, abs=1e-6)]
     assert [each["posterior_mean"] for each in found.values()] == [0.6, 0.4, 0.2]
     low, high = beta_interval(2, 1)
@@ -55,8 +57,10 @@ def test_counterfactual_gap_by_hand() -> None:
     # Questions 2 and 3: 1 of 6 right on q, 2 of 6 on q', 2 of 6 repeat the old gold ('7' and '1.0')
     assert found == {"share": pytest.approx(2 / 3, abs=1e-6), "accuracy_original": pytest.approx(1 / 6, abs=1e-6),
                      "accuracy_changed": pytest.approx(2 / 6, abs=1e-6), "gap": pytest.approx(-1 / 6, abs=1e-6),
-                     "repeats_old_gold": pytest.approx(2 / 6, abs=1e-6), "placeholder_share": pytest.approx(1 / 3, abs=1e-6)}
-    assert metrics_of(rows(), ScoreSettings(cf="placeholder", resamples=100))["counterfactual"]["placeholder_share"] == 1.0
+                     "repeats_old_gold": pytest.approx(2 / 6, abs=1e-6),
+                     "placeholder_share": pytest.approx(1 / 3, abs=1e-6)}
+    settings = ScoreSettings(cf="placeholder", resamples=100)
+    assert metrics_of(rows(), settings)["counterfactual"]["placeholder_share"] == 1.0
 
 
 def test_without_a_counterfactual_those_figures_are_not_defined() -> None:
@@ -69,7 +73,8 @@ def test_without_a_counterfactual_those_figures_are_not_defined() -> None:
 
 def test_chsh_counts_questions_with_both_parties() -> None:
     found = metrics_of(rows())["chsh"]
-    # Question 2: W right 1 of 2 on q, 1 of 2 on q': means 0, 0. Question 3: W wrong on q (-1), and wrong on q' (-1); M -1, +1:
+    # Question 2: W right 1 of 2 on q, 1 of 2 on q': means 0, 0.
+    # Question 3: W wrong on q (-1), and wrong on q' (-1); M -1, +1:
     # S = 1 - 1 + 1 + 1 = 2. Mean 1.
     assert (found["questions"], found["s"]) == (2, 1.0)
     one_party = rows()
@@ -84,8 +89,8 @@ def test_components_over_many_rows_equal_numpys(monkeypatch: pytest.MonkeyPatch)
     found = metrics_of(given)
     scored = [score_row(row) for row in given]
     right = np.array([np.mean([output["correct"] for output in row["arm_outputs"]]) for row in scored])
-    for name, (low, high, bins) in {"reward": (-1, 2, 12), "s_end": (0, 1, 10), "s_path": (0, 1, 10), "s_cf": (0, 1, 10),
-                                    "s_wm": (0, 1, 10)}.items():
+    for name in ("reward", "s_end", "s_path", "s_cf", "s_wm"):
+        low, high, bins = (-1, 2, 12) if name == "reward" else (0, 1, 10)
         values = np.array([row[name] for row in scored])
         assert found[name]["mean"] == pytest.approx(values.mean(), abs=2e-6)
         assert found[name]["std"] == pytest.approx(values.std(), abs=2e-6)
@@ -101,7 +106,8 @@ def test_histogram_names_its_bins_and_holds_what_lies_beyond() -> None:
     distribution = Distribution(0.0, 1.0, 10)
     distribution.add(np.array([-3.0, 0.0, 0.3, 0.1 + 0.2, 0.95, 1.0, 7.0]), np.zeros(7))
     assert distribution.metrics()["histogram"] == {
-        "0.00..0.10": 2, "0.10..0.20": 0, "0.20..0.30": 0, "0.30..0.40": 2, "0.40..0.50": 0, "0.50..0.60": 0, "0.60..0.70": 0,
+        "0.00..0.10": 2, "0.10..0.20": 0, "0.20..0.30": 0, "0.30..0.40": 2, "0.40..0.50": 0, "0.50..0.60": 0,
+        "0.60..0.70": 0,
         "0.70..0.80": 0, "0.80..0.90": 0, "0.90..1.00": 3}
     assert Distribution(0.0, 1.0, 10).metrics() == {}
 

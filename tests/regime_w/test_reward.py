@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regime_w.reward import (advantages, arm_reward_parts, carry_no_signal, regime_w_reward, regime_w_reward_parts, total)
+from regime_w.reward import (advantages, arm_reward_parts, carry_no_signal, regime_w_reward, regime_w_reward_parts,
+    total)
 from regime_w.settings import ScoreSettings
 
 
@@ -20,7 +21,8 @@ def test_group_reward_by_hand(correct: list, s_wm: float, lengths: list, reward:
 
 
 def test_group_reward_uses_every_setting() -> None:
-    settings = ScoreSettings(reward_correct=2.0, reward_wrong=-3.0, coherence_weight=0.5, length_penalty=0.1, free_length=10)
+    settings = ScoreSettings(reward_correct=2.0, reward_wrong=-3.0, coherence_weight=0.5, length_penalty=0.1,
+        free_length=10)
     assert regime_w_reward_parts([True], 0.5, [12], settings) == pytest.approx(
         {"correctness": 2.0, "coherence": 0.25, "length": -0.2}, abs=1e-12)
     assert regime_w_reward([False], 0.5, [12], settings) == pytest.approx(-3 + 0.25 - 0.2, abs=1e-12)

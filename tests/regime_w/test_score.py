@@ -16,7 +16,8 @@ def row(answers: list, lengths: list, gold: str = "18", changed: list | None = N
     """A row with arms of alternating styles; `changed` are the answers to a counterfactual with gold 21."""
     half = {"w": "wolfram", "m": "maudlin"}
     outputs = [{"name": f"arm-{i}", "style": half[styles[i % len(styles)]], "answer": answer, "num_tokens": length,
-                "counterfactual": changed and {"answer": changed[i]}} for i, (answer, length) in enumerate(zip(answers, lengths))]
+                "counterfactual": changed and {"answer": changed[i]}} for i,
+                (answer, length) in enumerate(zip(answers, lengths))]
     return {"id": "q", "question": "?", "gold_answer": gold, "extra": 1, "arm_outputs": outputs,
             "counterfactual": {"gold_answer": "21"} if changed else None}
 
@@ -43,20 +44,24 @@ def test_a_row_by_hand() -> None:
 def test_the_row_keeps_its_fields_and_ours_come_in_order() -> None:
     given_row = row(["18", "7"], [1, 2])
     scored = score_row(given_row)
-    assert list(scored) == ["id", "question", "gold_answer", "extra", "reward", "s_end", "s_path", "s_cf", "s_wm", "reward_parts",
+    assert list(scored) == ["id", "question", "gold_answer", "extra", "reward", "s_end", "s_path", "s_cf", "s_wm",
+        "reward_parts",
                             "arm_outputs", "counterfactual"]
-    assert list(scored["arm_outputs"][0]) == ["name", "style", "answer", "num_tokens", "counterfactual", "correct", "reward",
+    assert list(scored["arm_outputs"][0]) == ["name", "style", "answer", "num_tokens", "counterfactual", "correct",
+        "reward",
                                               "reward_parts", "advantage"]
     assert given_row == row(["18", "7"], [1, 2])  # the input is not touched
     assert score_row(scored) == scored  # and may be scored again
 
 
-SETTINGS = st.builds(ScoreSettings, cf=st.sampled_from(["counterfactual", "placeholder", "chsh"]), path_within_style=st.booleans())
+SETTINGS = st.builds(ScoreSettings, cf=st.sampled_from(["counterfactual", "placeholder", "chsh"]),
+    path_within_style=st.booleans())
 ANSWER = st.sampled_from(["18", "21", "7", None])
 
 
 @given(st.lists(st.tuples(ANSWER, st.integers(0, 2000), ANSWER), min_size=1, max_size=8), st.booleans(), SETTINGS)
-def test_every_total_is_the_sum_of_its_parts_and_arms_are_paid_what_they_add(arms: list, changed: bool, settings: ScoreSettings) -> None:
+def test_every_total_is_the_sum_of_its_parts_and_arms_are_paid_what_they_add(arms: list, changed: bool,
+    settings: ScoreSettings) -> None:
     answers, lengths, others = (list(each) for each in zip(*arms))
     given_row = row(answers, lengths, changed=others if changed else None)
     scored = score_row(given_row, settings)
@@ -74,7 +79,8 @@ def test_s_cf_by_its_source() -> None:
     changed = row(["18", "18"], [1, 1], changed=["21", "20"])
     assert score_row(changed)["s_cf"] == 0.5
     assert score_row(changed, ScoreSettings(cf="placeholder", cf_placeholder=0.25))["s_cf"] == 0.25
-    assert score_row(changed, ScoreSettings(cf="chsh"))["s_cf"] == 1.0  # W right on both, M on q: 1 + (-1) + 1 - (-1) = 2
+    # W right on both, M on q: 1 + (-1) + 1 - (-1) = 2
+    assert score_row(changed, ScoreSettings(cf="chsh"))["s_cf"] == 1.0
     plain = row(["18", "18"], [1, 1])
     for cf in ("counterfactual", "placeholder", "chsh"):
         assert score_row(plain, ScoreSettings(cf=cf, cf_placeholder=0.25))["s_cf"] == 0.25
@@ -99,7 +105,8 @@ def test_a_single_arm() -> None:
 
 
 BROKEN = [
-    (lambda r: r.pop("id"), "field 'id' is missing"), (lambda r: r.update(id=3), "field 'id' must be a string, found 3"),
+    (lambda r: r.pop("id"), "field 'id' is missing"),
+    (lambda r: r.update(id=3), "field 'id' must be a string, found 3"),
     (lambda r: r.pop("gold_answer"), "field 'gold_answer' is missing"),
     (lambda r: r.update(gold_answer="many"), "field 'gold_answer' must be a number, as a string, found \"many\""),
     (lambda r: r.update(gold_answer=18), "field 'gold_answer' must be a string, found 18"),
@@ -112,15 +119,19 @@ BROKEN = [
     (lambda r: r["arm_outputs"][1].update(answer=18), r"arm_outputs\[1\].answer' must be a string or null, found 18"),
     (lambda r: r["arm_outputs"][1].update(name=None), r"arm_outputs\[1\].name' must be a string, found null"),
     (lambda r: r["arm_outputs"][0].update(num_tokens=-1), r"arm_outputs\[0\].num_tokens' must be 0 or more"),
-    (lambda r: r["arm_outputs"][0].update(num_tokens=1.5), r"arm_outputs\[0\].num_tokens' must be an integer, found 1.5"),
-    (lambda r: r["arm_outputs"][0].update(num_tokens=True), r"arm_outputs\[0\].num_tokens' must be an integer, found true"),
+    (lambda r: r["arm_outputs"][0].update(num_tokens=1.5),
+     r"arm_outputs\[0\].num_tokens' must be an integer, found 1.5"),
+    (lambda r: r["arm_outputs"][0].update(num_tokens=True),
+     r"arm_outputs\[0\].num_tokens' must be an integer, found true"),
     (lambda r: r["arm_outputs"][1].update(name="arm-0"), "'arm_outputs' must be outputs of arms with different names"),
     (lambda r: r.pop("counterfactual"), "field 'counterfactual' is missing"),
     (lambda r: r.update(counterfactual=3), "field 'counterfactual' must be an object or null, found 3"),
     (lambda r: r.update(counterfactual={}), "field 'counterfactual.gold_answer' is missing"),
-    (lambda r: r["arm_outputs"][1].update(counterfactual=None), r"arm_outputs\[1\].counterfactual' must be an object, found null"),
+    (lambda r: r["arm_outputs"][1].update(counterfactual=None),
+    r"arm_outputs\[1\].counterfactual' must be an object, found null"),
     (lambda r: r["arm_outputs"][1].update(counterfactual={}), r"arm_outputs\[1\].counterfactual.answer' is missing"),
-    (lambda r: r["arm_outputs"][1].update(counterfactual={"answer": 1}), r"arm_outputs\[1\].counterfactual.answer' must be a string or null"),
+    (lambda r: r["arm_outputs"][1].update(counterfactual={"answer": 1}),
+    r"arm_outputs\[1\].counterfactual.answer' must be a string or null"),
 ]
 
 
@@ -146,7 +157,8 @@ def test_score_file(tmp_path: Path) -> None:
     rows = worked_rows()
     source, target = write(tmp_path / "in.jsonl", *map(json.dumps, rows)), tmp_path / "new" / "out.jsonl"
     metrics = score_file(source, target)
-    assert [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()] == [score_row(each) for each in rows]
+    lines = target.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [score_row(each) for each in rows]
     scored, gathered = score_rows(rows)
     list(scored)
     assert metrics == gathered.metrics()
@@ -155,7 +167,8 @@ def test_score_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "text"), [
-    ("{", r"in.jsonl:2: not a JSON object \("), ('{"id": "x"}', "in.jsonl:2: field 'gold_answer' is missing; add it; nothing written"),
+    ("{", r"in.jsonl:2: not a JSON object \("),
+    ('{"id": "x"}', "in.jsonl:2: field 'gold_answer' is missing; add it; nothing written"),
     ("[]", r"in.jsonl:2: the row must be an object, found \[\]"), ("", "in.jsonl:2: not a JSON object"),
 ])
 def test_a_broken_file_names_file_line_and_field_and_writes_nothing(tmp_path: Path, line: str, text: str) -> None:

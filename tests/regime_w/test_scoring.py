@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regime_w.scoring import (leading_answers, s_cf, s_cf_without_each, s_end, s_end_without_each, s_path, s_path_within_style,
+from regime_w.scoring import (leading_answers, s_cf, s_cf_without_each, s_end, s_end_without_each, s_path,
+    s_path_within_style,
                               s_path_without_each, s_wm)
 from regime_w.settings import ScoreSettings
 
