@@ -12,9 +12,10 @@ export DVC_NO_ANALYTICS := 1
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(VENV)/installed: requirements.txt constraints.txt
+$(VENV)/installed: requirements.txt requirements-no-deps.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 	touch $@
 
 setup: $(VENV)/installed ## the virtual environment with the pinned requirements

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+LOCK = YAML(typ="safe").load(ROOT / "dvc.lock")["stages"]  # YAML 1.2, as DVC writes it: 5e-06 is a number there
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 TRACKED = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"))
 
@@ -47,6 +48,6 @@ def test_files_in_git_are_those_that_made_the_lock(name):
 
 @pytest.mark.parametrize("name", sorted(stages()))
 def test_params_are_those_that_made_the_lock(name):
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
     sections = stages()[name].get("params", [])
     assert LOCK[name].get("params", {}) == ({"params.yaml": {key: params[key] for key in sections}} if sections else {})
