@@ -6,7 +6,7 @@ import pytest
 
 
 def pytest_collection_finish():
-    """What the libraries made at import lives on: kept out of the collections that each Trainer asks for, 0.5 s apiece."""
+    """What imports made lives on: kept out of the garbage collections that each Trainer asks for, 0.5 s apiece."""
     gc.freeze()
 
 

@@ -27,7 +27,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     bpe.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=350, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=350, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -69,6 +70,7 @@ def tiny_rows(count: int = 16) -> list[dict]:
 def tiny_sft(**changes) -> Sft:
     """Settings of a run of a few updates."""
     lora = {"r": 4, "alpha": 8, "dropout": 0.0} | changes.pop("lora", {})
-    return Sft(**{"lora": lora, "learning_rate": 1e-2, "epochs": 1, "batch_size": 8, "micro_batch": 8, "warmup_share": 0.0,
-                  "max_tokens": 512, "max_grad_norm": 1.0, "loss_on": "completion", "gradient_checkpointing": False,
+    return Sft(**{"lora": lora, "learning_rate": 1e-2, "epochs": 1, "batch_size": 8, "micro_batch": 8,
+                  "warmup_share": 0.0, "max_tokens": 512, "max_grad_norm": 1.0, "loss_on": "completion",
+                  "gradient_checkpointing": False,
                   "save_steps": 1000, "seed": 0} | changes)

@@ -45,7 +45,8 @@ def logits(model):
 
 
 def test_the_folder_holds_safetensors_their_config_and_the_card(adapter, base):
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "card.json"]
+    names = sorted(path.name for path in adapter.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors", "card.json"]
     card = read_json(adapter / "card.json")
     hashes = {name: hashlib.sha256((adapter / name).read_bytes()).hexdigest()
               for name in ("adapter_config.json", "adapter_model.safetensors")}
@@ -112,8 +113,8 @@ def test_a_damaged_adapter_is_refused_with_both_hashes(base, adapter, load, name
     damaged = content.replace(old, new) if old else content[:-1] + bytes([content[-1] ^ 1])
     assert damaged != content
     (adapter / name).write_bytes(damaged)
-    message = (f"{adapter}/{name}: sha256 {hashlib.sha256(damaged).hexdigest()}, card.json says {expected}; nothing loaded; "
-               f"bring it back: dvc checkout {adapter}")
+    message = (f"{adapter}/{name}: sha256 {hashlib.sha256(damaged).hexdigest()}, card.json says {expected}; "
+               f"nothing loaded; bring it back: dvc checkout {adapter}")
     with pytest.raises(ValueError, match=re.escape(message)):
         load(base, adapter)
 
@@ -121,8 +122,8 @@ def test_a_damaged_adapter_is_refused_with_both_hashes(base, adapter, load, name
 @pytest.mark.parametrize("load", LOADERS)
 def test_an_adapter_of_another_base_is_refused_with_both_hashes(base, adapter, load, tmp_path):
     other = tiny_base(tmp_path / "other" / "base", seed=1)
-    message = (f"{adapter} was made for the base {base_digest(base)}, {other} is {base_digest(other)}; nothing loaded; make the "
-               f"adapter again (dvc repro sft), or bring its base back (dvc checkout {other})")
+    message = (f"{adapter} was made for the base {base_digest(base)}, {other} is {base_digest(other)}; nothing loaded; "
+               f"make the adapter again (dvc repro sft), or bring its base back (dvc checkout {other})")
     with pytest.raises(ValueError, match=re.escape(message)):
         load(other, adapter)
 
@@ -132,14 +133,14 @@ def test_a_missing_file_or_card_says_how_to_get_it(base, adapter):
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: sha256 no file, card\.json says .*dvc checkout"):
         check_adapter(base, adapter)
     (adapter / "card.json").unlink()
-    with pytest.raises(ValueError, match=r"card\.json is missing; make the adapter: dvc repro, or bring it back: dvc pull"):
+    with pytest.raises(ValueError, match=r"card\.json is missing; make the adapter: dvc repro, or .* dvc pull"):
         check_adapter(base, adapter)
 
 
 def test_a_damaged_base_is_refused_under_its_own_adapter(base, adapter, tmp_path):
     copy = Path(shutil.copytree(base, tmp_path / "base"))
     manifest = read_json(copy / "manifest.json")
-    write_json(copy / "manifest.json", manifest | {"digest": "0"})  # the files decide, not what the manifest says of itself
+    write_json(copy / "manifest.json", manifest | {"digest": "0"})  # the files decide, not what it says of itself
     check_adapter(copy, adapter)
     (copy / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json: sha256 .*, manifest\.json says"):

@@ -42,7 +42,8 @@ def test_nothing_is_written_after_an_error_in_a_row(tmp_path):
 ])
 def test_a_broken_row_is_named_by_file_line_and_field(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"id": "a", "answer": null, "count": 1}\n' + line + b'\n{"id": "c", "answer": "1", "count": 1}\n')
+    whole = b'{"id": "a", "answer": null, "count": 1}\n'
+    path.write_bytes(whole + line + b"\n" + whole)
     with pytest.raises(ValueError, match=f"^{re.escape(f'{path}:2: {message}')}"):
         read_jsonl(path, FIELDS)
 

@@ -62,8 +62,9 @@ def test_every_setting_stands_in_params_yaml():
 
 
 def test_all_errors_come_at_once_each_with_its_path():
-    found = errors(sft__learning_rate="2e-4", sft__typo=1, ppo__kl__target="high", score__weight_end="0.4", base__sha256="x",
-                   prepare__source="csv", eval__batch_size=0, rollouts=REMOVED, model__quantization="int8")
+    found = errors(sft__learning_rate="2e-4", sft__typo=1, ppo__kl__target="high", score__weight_end="0.4",
+                   base__sha256="x", prepare__source="csv", eval__batch_size=0, rollouts=REMOVED,
+                   model__quantization="int8")
     assert found[0] == "params.yaml has 9 error(s); nothing was run"
     paths = [line.strip().split(":")[0] for line in found[1:]]
     assert paths == ["base.sha256", "model.quantization", "prepare", "sft.learning_rate", "sft.typo", "rollouts",
@@ -71,8 +72,8 @@ def test_all_errors_come_at_once_each_with_its_path():
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"sft__learning_rate": "2e-4"}, "  sft.learning_rate: Input should be a valid number, found '2e-4' (YAML 1.1 reads 2e-4 "
-                                     "as text: write it with a dot, as in 2.0e-04)"),
+    ({"sft__learning_rate": "2e-4"}, "  sft.learning_rate: Input should be a valid number, found '2e-4' (YAML 1.1 "
+                                     "reads 2e-4 as text: write it with a dot, as in 2.0e-04)"),
     ({"sft__typo": 1}, "  sft.typo: unknown key; remove it or mend its name"),
     ({"score__typo": 1}, "  score.typo: unknown key; remove it or mend its name"),
     ({"ppo__kl__typo": 1}, "  ppo.kl.typo: unknown key; remove it or mend its name"),
@@ -123,8 +124,10 @@ def test_what_dvc_exp_run_writes_is_a_number(tmp_path):
     from dvc.utils.hydra import apply_overrides
 
     (tmp_path / "params.yaml").write_text(SAMPLE, encoding="utf-8")
-    apply_overrides(str(tmp_path / "params.yaml"), ["ppo.learning_rate=1.0e-5", "sft.learning_rate=3.0e-4", "sft.seed=7"])
-    assert yaml.safe_load((tmp_path / "params.yaml").read_text())["ppo"]["learning_rate"] == "1e-05", "DVC has mended this"
+    given = ["ppo.learning_rate=1.0e-5", "sft.learning_rate=3.0e-4", "sft.seed=7"]
+    apply_overrides(str(tmp_path / "params.yaml"), given)
+    plain = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
+    assert plain["ppo"]["learning_rate"] == "1e-05", "DVC has mended this"
     params = load_params(tmp_path / "params.yaml")
     assert (params.ppo.learning_rate, params.sft.learning_rate, params.sft.seed) == (1e-5, 3e-4, 7)
     expected = check(parse(SAMPLE), "params.yaml").model_dump()

@@ -17,7 +17,8 @@ ROWS = tiny_rows(3)
 
 def test_the_neutral_prompts_are_asked_greedily_and_judged_in_order(monkeypatch, tokenizer, tmp_path):
     template, calls = TEMPLATES["deepseek_r1"], []
-    written = [f"Sum.\n</think>\n\n#### {ROWS[0]['gold_answer']}.0<｜end▁of▁sentence｜>", "It is 7 #### 7", "</think>\n#### 99"]
+    written = [f"Sum.\n</think>\n\n#### {ROWS[0]['gold_answer']}.0<｜end▁of▁sentence｜>", "It is 7 #### 7",
+               "</think>\n#### 99"]
 
     def generate_in_chunks(model, requests, scratch, **options):
         calls.append((model, requests, scratch, options))
@@ -27,7 +28,8 @@ def test_the_neutral_prompts_are_asked_greedily_and_judged_in_order(monkeypatch,
     monkeypatch.setattr(predictions, "generate_in_chunks", generate_in_chunks)
     found = predict("model", tokenizer, template, ROWS, SETTINGS, tmp_path, "test base")
     ((model, requests, scratch, options),) = calls
-    assert [tuple(request) for request in requests] == [(prompt_ids(tokenizer, template, row["question"]), 0.0) for row in ROWS]
+    prompts = [prompt_ids(tokenizer, template, row["question"]) for row in ROWS]
+    assert [tuple(request) for request in requests] == [(prompt, 0.0) for prompt in prompts]
     assert (model, scratch, options["max_new_tokens"], options["batch_size"]) == ("model", tmp_path, 9, 2)
     assert options["eos_token_ids"] == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<｜end▁of▁sentence｜>"]))
     assert [row["id"] for row in found] == [row["id"] for row in ROWS]
@@ -44,7 +46,8 @@ def test_the_real_engine_writes_what_transformers_does(monkeypatch, tokenizer, t
     found = predict(model, tokenizer, template, ROWS, SETTINGS, tmp_path, "test base")
     for row, prediction in zip(ROWS, found, strict=True):
         ids = torch.tensor([prompt_ids(tokenizer, template, row["question"])])
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)[0, ids.shape[1]:]
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)
+        written = whole[0, ids.shape[1]:]
         assert prediction["full_text"] == tokenizer.decode(written, skip_special_tokens=True)
         assert prediction["num_tokens"] == len(written)
         assert prediction["truncated"] == (written[-1].item() != tokenizer.eos_token_id)

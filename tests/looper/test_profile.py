@@ -53,7 +53,8 @@ def run(monkeypatch, capsys):
 
 def test_there_are_four_profiles_and_sample_is_committed_byte_for_byte():
     assert NAMES == ["platinum", "platinum_arm", "reference", "sample"]
-    committed = subprocess.run(["git", "show", "HEAD:params.yaml"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    shown = subprocess.run(["git", "show", "HEAD:params.yaml"], cwd=ROOT, capture_output=True, check=True)
+    committed = shown.stdout.decode()
     assert apply("sample", committed) == committed
 
 
@@ -115,14 +116,23 @@ def test_every_comment_is_kept_and_floats_stay_readable(name):
     text = apply(name, SAMPLE)
     present = (ROOT / "params.yaml").read_text(encoding="utf-8")
     assert comments(text) == comments(present) and len(comments(text)) > 30
-    assert not re.search(r"\d[eE]", re.sub(r"\d\.\de|#.*|[0-9a-f]{40,}", "", text)), "a float that YAML 1.1 reads as text"
+    rest = re.sub(r"\d\.\de|#.*|[0-9a-f]{40,}", "", text)
+    assert not re.search(r"\d[eE]", rest), "a float that YAML 1.1 reads as text"
     assert "stop_multiple: null #" in text, "not an empty value"
+
+
+def test_a_comment_stays_where_a_sections_last_key_goes(folder):
+    """The comment above `model` hangs on the last key of `base` in the file."""
+    (folder / "profiles/gold.yaml").write_text("base:\n  licence: MIT\n  source: folder\n  path: weights\n")
+    text = profile.apply("gold", SAMPLE)
+    assert "base:\n  licence: MIT\n  source: folder\n  path: weights\n\n# How every stage loads" in text
 
 
 def test_it_writes_params_yaml_and_shows_the_change(folder, run):
     code, out, _ = run("platinum")
     assert code == 0 and (folder / "params.yaml").read_text(encoding="utf-8") == apply("platinum", SAMPLE)
-    assert "\n-  template: chatml" in out and "\n+  template: deepseek_r1" in out and "\n+  learning_rate: 5.0e-5\n" in out
+    for line in ("\n-  template: chatml", "\n+  template: deepseek_r1", "\n+  learning_rate: 5.0e-5\n"):
+        assert line in out
     assert run("sample")[0] == 0
     assert (folder / "params.yaml").read_text(encoding="utf-8") == SAMPLE
 

@@ -8,7 +8,8 @@ ROW = {"id": "train-00000", "question": "Ann has 3 apples and buys {4} more. How
        "solution": "She has 3+4=7 apples.\nThat is {7}.", "gold_answer": "7"}
 ARM = "Reflect {first}."
 
-INSTRUCTION = "You are a mathematics tutor. Solve the problem step by step. Write the answer on a last line: #### <number>"
+INSTRUCTION = ("You are a mathematics tutor. Solve the problem step by step. "
+               "Write the answer on a last line: #### <number>")
 USER = f"{INSTRUCTION}\n\nAnn has 3 apples and buys {{4}} more. How many?"
 
 # template: (the neutral prompt, the prompt with an arm's instruction, the completion)
@@ -95,5 +96,5 @@ def test_an_answer_ends_at_the_templates_end_and_at_the_tokenizers(name, tokeniz
 
 
 def test_a_template_that_the_tokenizer_does_not_know_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"model.template: its end token '<\|eot\|>' is \d+ tokens .*choose the template .*qwen"):
+    with pytest.raises(ValueError, match=r"its end token '<\|eot\|>' is \d+ tokens .*choose the template .*qwen"):
         end_token_ids(tokenizer, TEMPLATES["chatml"]._replace(end="<|eot|>"))

@@ -17,8 +17,8 @@ ROWS = tiny_rows(3)
 COUNTERFACTUALS = {
     "train-00001": {"id": "train-00001", "split": "train", "question": "Ann has 9 apples and buys 3 more. How many?",
                     "gold_answer": "12", "changed_from": "2", "changed_to": "9"},
-    "train-00099": {"id": "train-00099", "split": "train", "question": "not asked", "gold_answer": "1", "changed_from": "1",
-                    "changed_to": "2"},
+    "train-00099": {"id": "train-00099", "split": "train", "question": "not asked", "gold_answer": "1",
+                    "changed_from": "1", "changed_to": "2"},
 }
 
 
@@ -29,7 +29,8 @@ def asked(monkeypatch, tokenizer):
 
     def generate_in_chunks(model, requests, scratch, **options):
         calls.append((model, requests, scratch, options))
-        answers = [tokenizer.encode(f"It is so.\n#### {i}<|im_end|>", add_special_tokens=False) for i in range(len(requests))]
+        texts = [f"It is so.\n#### {i}<|im_end|>" for i in range(len(requests))]
+        answers = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [Completion(ids, [-0.5] * len(ids), truncated=i % 2 == 1) for i, ids in enumerate(answers)]
 
     monkeypatch.setattr(rollouts, "generate_in_chunks", generate_in_chunks)
@@ -40,7 +41,7 @@ def test_every_arm_answers_every_question_and_its_counterfactual_in_one_call(ask
     template = TEMPLATES["qwen"]
     roll_out("model", tokenizer, template, ROWS, COUNTERFACTUALS, SETTINGS, tmp_path)
     ((model, requests, scratch, options),) = asked
-    questions = [ROWS[0]["question"], ROWS[1]["question"], COUNTERFACTUALS["train-00001"]["question"], ROWS[2]["question"]]
+    questions = [row["question"] for row in (ROWS[0], ROWS[1], COUNTERFACTUALS["train-00001"], ROWS[2])]
     expected = [(prompt_ids(tokenizer, template, question, arm.instruction), arm.temperature)
                 for question in questions for arm in ARMS]
     assert [tuple(request) for request in requests] == expected and len(requests) == 32
@@ -62,7 +63,8 @@ def test_each_row_gets_its_own_answers_in_the_arms_order(asked, tokenizer, tmp_p
     assert [row["id"] for row in rows] == [row["id"] for row in ROWS]
     answers = [[output["answer"] for output in row["arm_outputs"]] for row in rows]
     assert answers == [[str(i) for i in range(start, start + 8)] for start in (0, 8, 24)]
-    others = [[output["counterfactual"] and output["counterfactual"]["answer"] for output in row["arm_outputs"]] for row in rows]
+    others = [[other and other["answer"] for other in (output["counterfactual"] for output in row["arm_outputs"])]
+              for row in rows]
     assert others == [[None] * 8, [str(i) for i in range(16, 24)], [None] * 8]
     for row in rows:
         assert [(output["name"], output["style"], output["temperature"]) for output in row["arm_outputs"]] == [
@@ -77,8 +79,8 @@ def test_a_row_has_exactly_the_agreed_fields(asked, tokenizer, tmp_path):
                                      "changed_from": "2", "changed_to": "9"}
     assert rows[0]["counterfactual"] is None
     ids = tokenizer.encode("It is so.\n#### 11<|im_end|>", add_special_tokens=False)
-    assert list(output) == ["name", "style", "temperature", "full_text", "reasoning", "answer", "token_ids", "num_tokens",
-                            "truncated", "logprobs", "counterfactual"]
+    assert list(output) == ["name", "style", "temperature", "full_text", "reasoning", "answer", "token_ids",
+                            "num_tokens", "truncated", "logprobs", "counterfactual"]
     assert output["full_text"] == "It is so.\n#### 11" and output["answer"] == "11"
     assert output["token_ids"] == ids and output["num_tokens"] == len(ids) and output["logprobs"] == [-0.5] * len(ids)
     assert output["truncated"] is True and rows[1]["arm_outputs"][2]["truncated"] is False
@@ -93,7 +95,8 @@ def test_a_row_has_exactly_the_agreed_fields(asked, tokenizer, tmp_path):
     ("She has 7, #### 7<｜end▁of▁sentence｜>", True, "She has 7, #### 7", None),
     ("a</think> <think> again #### 8<｜end▁of▁sentence｜>", True, None, None),
 ])
-def test_an_unclosed_think_is_truncated_whatever_ended_it(monkeypatch, tokenizer, tmp_path, written, truncated, reasoning, answer):
+def test_an_unclosed_think_is_truncated_whatever_ended_it(monkeypatch, tokenizer, tmp_path, written, truncated,
+                                                          reasoning, answer):
     ids = tokenizer.encode(written, add_special_tokens=False)
     monkeypatch.setattr(rollouts, "generate_in_chunks", lambda _, requests, *__, **___: [
         Completion(ids, [0.0] * len(ids), False) for _ in requests])

@@ -30,7 +30,7 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dvc.yaml").write_text(DVC)
     Path("params.yaml").write_text(PARAMS)
-    for path in ("data/train.jsonl", "data/base.jsonl", "data/ppo.jsonl", "looper/sft.py", "models/base/model.safetensors"):
+    for path in ("data/train.jsonl", "data/base.jsonl", "data/ppo.jsonl", "looper/sft.py", "models/base/weights"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("before")
     write_json(Path("models/base/manifest.json"), {"files": {"model.safetensors": "1"}})
@@ -55,8 +55,9 @@ def test_it_is_kept_after_an_error_found_again_and_removed_when_done():
 
 
 CHANGES = [
-    ("params.yaml", "1.0e-3", "2.0e-3"), ("params.yaml", "float32", "bfloat16"), ("data/train.jsonl", "before", "after"),
-    ("looper/sft.py", "before", "after"), ("models/base/manifest.json", '"1"', '"2"'),
+    ("params.yaml", "1.0e-3", "2.0e-3"), ("params.yaml", "float32", "bfloat16"),
+    ("data/train.jsonl", "before", "after"), ("looper/sft.py", "before", "after"),
+    ("models/base/manifest.json", '"1"', '"2"'),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning through TRL's own trainer, on the tiny model in float32: what is trained on, and that a kill changes nothing."""
+"""Fine-tuning by TRL's own trainer, the tiny model in float32: what is trained on, and that a kill changes nothing."""
 
 import shutil
 from pathlib import Path
@@ -47,9 +47,10 @@ def train(tokenizer, tmp_path, monkeypatch):
             return trainers[-1]
 
         monkeypatch.setattr(sft, "SFTTrainer", build)
-        trained, metrics = finetune(model or tiny_model(), tokenizer, template, rows or tiny_rows(), settings or tiny_sft(),
-                                    tmp_path / name / "scratch", tmp_path / name / "live")
-        weights = {key: parameter.detach().clone() for key, parameter in trained.named_parameters() if parameter.requires_grad}
+        trained, metrics = finetune(model or tiny_model(), tokenizer, template, rows or tiny_rows(),
+                                    settings or tiny_sft(), tmp_path / name / "scratch", tmp_path / name / "live")
+        weights = {key: parameter.detach().clone() for key, parameter in trained.named_parameters()
+                   if parameter.requires_grad}
         return weights, metrics, trainers[-1], watch
 
     return run
@@ -75,7 +76,8 @@ def same_bits(found, expected):
 def assert_close(found, expected, atol=1e-5):
     assert found.keys() == expected.keys() and found
     for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=atol,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 # ---- what is trained on ----
@@ -86,8 +88,10 @@ def test_labels_are_the_completion_and_its_end_token(train, tokenizer, name):
     _, _, trainer, _ = train(rows, template=template)
     assert set(trainer.train_dataset.column_names) >= {"input_ids", "labels"}
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    assert batch["input_ids"].shape == batch["labels"].shape and len({sum(mask) for mask in batch["attention_mask"]}) > 1
-    for row, prepared, ids, labels in zip(rows, trainer.train_dataset, batch["input_ids"], batch["labels"], strict=True):
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert (batch["attention_mask"] == 0).any(), "there is padding"
+    in_batch = zip(batch["input_ids"], batch["labels"], strict=True)
+    for row, prepared, (ids, labels) in zip(rows, trainer.train_dataset, in_batch, strict=True):
         expected, mask = training_ids(tokenizer, template, row)
         expected_labels = [token if bit else -100 for token, bit in zip(expected, mask, strict=True)]
         assert prepared["input_ids"] == expected and prepared["labels"] == expected_labels
@@ -104,8 +108,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(train, tokenizer, loss_
     _, metrics, trainer, _ = train(rows, tiny_sft(loss_on=loss_on))
     expected = plain_loss(tokenizer, rows, loss_on)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert metrics["loss"] == {"mean": pytest.approx(expected, abs=1e-5), "first_tenth": pytest.approx(expected, abs=1e-5),
-                               "last_tenth": pytest.approx(expected, abs=1e-5)}
+    assert metrics["loss"] == pytest.approx(dict.fromkeys(("mean", "first_tenth", "last_tenth"), expected), abs=1e-5)
     other = plain_loss(tokenizer, rows, {"completion": "full", "full": "completion"}[loss_on])
     assert abs(expected - other) > 1e-2
     trained = sum(label != -100 for row in trainer.train_dataset for label in row["labels"])
@@ -116,7 +119,8 @@ def test_no_attention_mask_reaches_the_model_and_none_is_missed(train, monkeypat
     """Rows are padded on the right: under causal attention a mask changes nothing but which kernels run."""
     def masks_seen():
         model, seen = tiny_model(), []
-        model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+        model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]),
+                                              with_kwargs=True)
         return model, seen
 
     model, seen = masks_seen()
@@ -167,7 +171,8 @@ def test_only_the_adapter_is_trained_and_the_gradient_norm_is_clipped(train):
     model = tiny_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     _, _, trainer, watch = train(tiny_rows(8), tiny_sft(max_grad_norm=0.01), model=model)
-    after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+    after = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()
+             if "lora_" not in name}
     assert same_bits(after, before)
     norm = torch.cat([gradient.flatten() for gradient in watch.gradients[0].values()]).norm().item()
     assert norm == pytest.approx(0.01, rel=1e-3) and trainer.state.log_history[0]["grad_norm"] > 0.1
@@ -189,7 +194,7 @@ def test_the_settings_reach_the_trainer(train, tmp_path):
 # ---- a kill ----
 
 def test_a_run_killed_and_resumed_gives_the_same_bits(train, tmp_path):
-    settings = tiny_sft(lora={"dropout": 0.3}, epochs=2.5, save_steps=2, learning_rate=1e-3)  # five updates, two an epoch
+    settings = tiny_sft(lora={"dropout": 0.3}, epochs=2.5, save_steps=2, learning_rate=1e-3)  # 5 updates, 2 an epoch
     expected, metrics, _, _ = train(settings=settings, name="whole")
     with pytest.raises(Killed):
         train(settings=settings, watch=Watch(kill_at=3), name="killed")
@@ -220,7 +225,7 @@ def test_a_row_that_is_too_long_is_refused(train, tokenizer, tmp_path):
     rows = tiny_rows(8)
     length, longest = max((len(training_ids(tokenizer, CHATML, row)[0]), row["id"]) for row in rows)
     assert len(tokenize(tokenizer, CHATML, rows, length)) == 8
-    with pytest.raises(ValueError, match=f"{longest} is {length} tokens, sft.max_tokens is {length - 1}; raise sft.max_tokens"):
+    with pytest.raises(ValueError, match=f"{longest} is {length} tokens, sft.max_tokens is {length - 1}; raise"):
         train(rows, tiny_sft(max_tokens=length - 1))
     assert not list(Path(tmp_path).iterdir())
 
@@ -231,7 +236,7 @@ def test_a_template_whose_end_is_no_token_is_refused(train):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    with pytest.raises(ValueError, match=r"sft: the (loss|grad_norm) of update \d is (nan|inf); nothing stored, .*learning_rate"):
+    with pytest.raises(ValueError, match=r"sft: the (loss|grad_norm) of update \d is (nan|inf); .*learning_rate"):
         train(settings=tiny_sft(learning_rate=1e25, epochs=3, save_steps=1))
     kept = [path.name for path in (tmp_path / "run" / "scratch" / "checkpoints").glob("checkpoint-*")]
     assert kept == ["checkpoint-1"], "the last one before"

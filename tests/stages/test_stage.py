@@ -25,7 +25,8 @@ def test_help_of_every_stage_is_its_docstring_and_imports_nothing_heavy(tmp_path
             "    sys.argv, out = [name, '--help'], io.StringIO()\n"
             "    with contextlib.redirect_stdout(out):\n"
             "        module = runpy.run_module(f'stages.{name}', run_name='__main__')\n"
-            "    assert out.getvalue().strip() == module['__doc__'].strip() and f'Stage {name}: ' in out.getvalue(), name\n"
+            "    assert out.getvalue().strip() == module['__doc__'].strip() \\\n"
+            "        and f'Stage {name}: ' in out.getvalue(), name\n"
             f"print(sorted({HEAVY} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=20,
                           env={"PYTHONPATH": str(ROOT), "PATH": ""})
@@ -97,19 +98,22 @@ def test_only_stages_that_fetch_may_ask_the_hub(monkeypatch, network):
     seen = {}
     stage.run(lambda: seen.update(os.environ), "doc", network=network)
     assert {name: seen[name] for name in stage.PRIVATE} == stage.PRIVATE
-    assert {name: seen[name] for name in stage.OFFLINE} == ({name: "" for name in stage.OFFLINE} if network else stage.OFFLINE)
+    expected = dict.fromkeys(stage.OFFLINE, "") if network else stage.OFFLINE
+    assert {name: seen[name] for name in stage.OFFLINE} == expected
     assert stage.OFFLINE["HF_HUB_OFFLINE"] == stage.OFFLINE["HF_DATASETS_OFFLINE"] == "1"
 
 
 def test_base_and_prepare_alone_have_the_network():
-    assert [name for name in NAMES if "network=True" in (ROOT / "stages" / f"{name}.py").read_text()] == ["base", "prepare"]
+    texts = {name: (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in NAMES}
+    assert [name for name, text in texts.items() if "network=True" in text] == ["base", "prepare"]
 
 
 def test_the_switch_is_set_before_a_library_reads_it(tmp_path):
     """huggingface_hub reads it once, at import: nothing may import it before the stage's main."""
     code = ("import sys; sys.argv = ['sft']\nfrom looper.stage import run\nimport looper.params, stages.sft\n"
             "assert 'huggingface_hub' not in sys.modules\n"
-            "def main():\n    import huggingface_hub.constants as hub; print(hub.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)\n"
+            "def main():\n    import huggingface_hub.constants as hub\n"
+            "    print(hub.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)\n"
             "run(main, '')")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env={"PYTHONPATH": str(ROOT), "PATH": ""})
