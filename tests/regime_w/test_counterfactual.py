@@ -1,11 +1,12 @@
+import random
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regime_w.counterfactual import (Move, Step, change_name, evaluate, execute, keeps_order, make_counterfactual,
-    read_chain, tokenize)
+from regime_w.counterfactual import (TRIES, Move, Step, _alike, change_name, evaluate, execute, keeps_order,
+                                     make_counterfactual, read_chain, tokenize)
 from regime_w.quantities import read_quantities
 
 QUESTION = "Ann has 20 pens and buys 3 packs of 8 pens. How many pens has she?"
@@ -33,6 +34,24 @@ def test_a_small_number_changes_if_no_other_can_and_two_never() -> None:
     assert made.changed_from == "3" and int(made.changed_to) in (4, 5, 6)
     assert int(made.gold_answer) == 2 * int(made.changed_to)
     assert make_counterfactual("Ann has 2 bags of 1 pen. How many pens?", "<<2*1=2>>2\n#### 2", 0) is None
+
+
+def test_four_is_small_too_and_an_unused_one_is_no_obstacle() -> None:
+    found = [make_counterfactual("Ann, 1 of us, has 4 bags of 5 pens. How many pens?", "<<4*5=20>>20\n#### 20", seed)
+             for seed in range(10)]
+    assert {each.changed_from for each in found} == {"5"}
+
+
+def test_alike_numbers() -> None:
+    def alike(number: int) -> list[int]:
+        return sorted(_alike(number, random.Random(0)))
+
+    assert alike(20) == [*range(10, 20), *range(21, 41)]
+    assert alike(4) == [3, 5, 6, 7, 8]  # 2 is too small
+    assert alike(7) == [4, 5, 6, 8, 9]  # 14 has two digits
+    assert alike(300) == [*range(150, 300, 10), *range(310, 601, 10)]
+    assert len(alike(5432)) == TRIES == 60 and min(alike(5432)) >= 2716 and max(alike(5432)) <= 9999
+    assert _alike(5432, random.Random(0)) != _alike(5432, random.Random(1))
 
 
 def test_commas_and_roundness_are_kept() -> None:
@@ -122,6 +141,7 @@ def test_read_chain() -> None:
     assert read_chain("3 x 4 = 13, 3 x 4 = <<3*4=12>>12\n#### 12") == [Step([3, "*", 4], 12)]
     assert read_chain("<<-3+1=-2>>\n#### -2") == [Step(["-", 3, "+", 1], -2)]
     assert read_chain("<<3*4=12>>\n#### 13") is None
+    assert read_chain("<<3*4=12>>\n#### 11") is None
     assert read_chain("<<=12>>\n#### 12") is None
     assert read_chain("<<3*4=>>\n#### 12") is None
     assert read_chain("#### 12") is None

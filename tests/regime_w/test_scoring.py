@@ -65,6 +65,7 @@ def test_s_path_within_style_leaves_differences_between_styles_aside() -> None:
     assert s_path_within_style([100, 300, 100, 300], ["w", "m", "w", "m"]) == 1.0
     assert s_path_within_style([100, 300, 50, 50], ["w", "w", "m", "m"]) == pytest.approx((0.8 + 1) / 2, abs=1e-12)
     assert s_path_within_style([100, 100, 0], ["w", "w", "m"]) == 0.5
+    assert s_path_within_style([100, 300, 50, 80], ["w", "w", "m", "x"]) == pytest.approx(2.8 / 3, abs=1e-12)
     assert s_path_within_style([], []) == 0.0
 
 
