@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from looper.statistics import wilson
+from looper.statistics import Interval, paired_bootstrap, wilson
 from regime_w.answers import (
     answers_match,
     extract_answer,
@@ -52,13 +52,33 @@ def evaluation_metrics(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "flexible_extract": _harness_hits(predictions, flexible_extract),
         "format_rate": sum(is_formatted(row["full_text"]) for row in predictions),
     }
-    figures = {name: wilson(count, n)._asdict() for name, count in hits.items()}
     return {
         "n": n,
-        **{name: {end: round(value, 6) for end, value in figure.items()} for name, figure in figures.items()},
+        **{name: _rounded(wilson(count, n)) for name, count in hits.items()},
         "truncation_rate": round(sum(row["truncated"] for row in predictions) / n, 6),
         "mean_tokens": round(sum(row["num_tokens"] for row in predictions) / n, 6),
     }
+
+
+def robustness(original: Sequence[dict[str, Any]], changed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How much of the accuracy survives one number of the question being changed and the answer recomputed.
+
+    original, changed: predictions rows of the same questions in the same order, as asked and as changed.
+    original, changed: shares right, with 95% Wilson intervals. gap: original − changed, with that of the paired bootstrap.
+    repeats_old_gold: share of the answers to the changed question that give the original's gold: recited, not computed.
+    {"n": 0} if there are none.
+    """
+    n = len(original)
+    if n == 0:
+        return {"n": 0}
+    before, after = ([row["correct"] for row in rows] for rows in (original, changed))
+    repeats = sum(answers_match(new["answer"], old["gold_answer"]) for old, new in zip(original, changed, strict=True))
+    figures = {"original": wilson(sum(before), n), "changed": wilson(sum(after), n), "gap": paired_bootstrap(after, before)}
+    return {"n": n, **{name: _rounded(figure) for name, figure in figures.items()}, "repeats_old_gold": round(repeats / n, 6)}
+
+
+def _rounded(figure: Interval) -> dict[str, float]:
+    return {end: round(value, 6) for end, value in figure._asdict().items()}
 
 
 def _harness_hits(predictions: Sequence[dict[str, Any]], extract: Callable[[str], str]) -> int:

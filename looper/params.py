@@ -130,6 +130,18 @@ class DevEval(Section):
     questions: Positive
 
 
+class Round(Section):
+    """One round of rollouts, score and ppo. start: the adapter that answers and is trained. suffix: of the files it writes."""
+
+    start: str
+    suffix: str = Field(pattern=r"^(_[0-9a-z]+)?$")
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that the round makes."""
+        return f"models/ppo_regime_w{self.suffix}"
+
+
 class Rollouts(Section):
     questions: Positive
     max_new_tokens: Positive
@@ -148,10 +160,35 @@ class Params(Section):
     prepare: Annotated[HubData | PathData | SampleData, Field(discriminator="source")]
     sft: Sft
     dev_eval: DevEval
+    rounds: dict[str, Round] = Field(min_length=1)
+    final: str
     rollouts: Rollouts
     score: ScoreSettings
     ppo: PPOSettings
     eval: Eval
+
+    @model_validator(mode="after")
+    def _one_round_after_another(self) -> "Params":
+        problems, adapters = [], ["models/sft_lora", *(each.adapter for each in self.rounds.values())]
+        if list(self.rounds) != [str(i) for i in range(1, len(self.rounds) + 1)]:
+            problems.append(f'rounds must be "1", "2", … in order, found {", ".join(self.rounds)}')
+        for name, before in zip(self.rounds, adapters, strict=False):
+            if (start := self.rounds[name].start) != before:
+                problems.append(f"rounds.{name}.start must be the adapter of the round before, {before}, found {start}")
+        if len(set(adapters)) < len(adapters):
+            problems.append("rounds: each needs a suffix of its own, or it would write over another's files")
+        if self.final != adapters[-1]:
+            problems.append(f"final must be the last round's adapter, {adapters[-1]}, found {self.final}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def round_of(rounds: dict[str, Round], name: str) -> Round:
+    """The round that a stage was called for. Raises ValueError if there is none of that name."""
+    if name not in rounds:
+        raise ValueError(f"there is no round {name!r}; the section rounds of {PARAMS} has {', '.join(rounds)}")
+    return rounds[name]
 
 
 def load_params(path: Path = PARAMS) -> Params:

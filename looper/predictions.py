@@ -1,10 +1,12 @@
 """Greedy answers to questions, judged: what `dev_eval` and `eval` publish."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from looper.evaluation import judge
+from looper.evaluation import evaluation_metrics, judge, robustness
 from looper.generation import Request, generate_in_chunks
 from looper.params import Eval
 from looper.prompts import Template, answer_text, end_token_ids, prompt_ids
@@ -19,3 +21,17 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template
         eos_token_ids=end_token_ids(tokenizer, template), seed=0, progress=label)  # greedy: the seed decides nothing
     return [judge(row, answer_text(tokenizer, template, each.token_ids), len(each.token_ids), each.truncated)
             for row, each in zip(rows, completions, strict=True)]
+
+
+def dev_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict],
+                counterfactuals: Sequence[dict], settings: Eval, scratch: Path, label: str) -> dict[str, Any]:
+    """The figures of `evaluation_metrics` on `rows`, and under "counterfactual" those of `robustness`.
+
+    counterfactuals: of any split; those of `rows` are asked too, by the question's id.
+    """
+    changed = {row["id"]: row for row in counterfactuals}
+    pairs = [row for row in rows if row["id"] in changed]
+    answers = predict(model, tokenizer, template, rows + [changed[row["id"]] for row in pairs], settings, scratch, label)
+    asked = {answer["id"]: answer for answer in answers[:len(rows)]}
+    original = [asked[row["id"]] for row in pairs]
+    return {**evaluation_metrics(answers[:len(rows)]), "counterfactual": robustness(original, answers[len(rows):])}

@@ -20,8 +20,9 @@ from looper.params import PARAMS, check, parse
 
 PROFILES = Path("profiles")
 NULL = "tag:yaml.org,2002:null"
-# Their keys depend on `source`, so a profile replaces them whole; in every other section it sets the keys it names.
-WHOLE = ("base", "prepare")
+# Their keys depend on `source`, or are the rounds, so a profile replaces them whole; in every other section it sets the keys
+# it names.
+WHOLE = ("base", "prepare", "rounds")
 
 
 def overlay(name: str) -> dict[str, Any]:
@@ -43,9 +44,11 @@ def apply(name: str, params: str) -> str:
     except YAMLError as error:
         raise ValueError(f"{PARAMS}: not YAML; mend it, or bring it back: git checkout {PARAMS}: {error}") from None
     for section, values in overlay(name).items():
-        if not isinstance(document, dict) or not isinstance(document.get(section), dict):
+        if not isinstance(document, dict) or not isinstance(document.get(section), type(values)):
             raise ValueError(f"{PARAMS} has no section {section}; bring the file back: git checkout {PARAMS}")
-        if section in WHOLE:
+        if not isinstance(values, dict):
+            document[section] = values
+        elif section in WHOLE:
             _replace(document[section], values)
         else:
             _merge(document[section], values)

@@ -12,6 +12,13 @@ from regime_w.answers import extract_answer, split_reasoning
 from regime_w.arms import ARMS, Arm
 
 
+def questions_of_round(rows: list[dict], count: int, number: int) -> list[dict]:
+    """The `count` rows that round `number` (from 1) asks: each round the next ones, from the first again after the last."""
+    count = min(count, len(rows))
+    start = (number - 1) * count
+    return [rows[i % len(rows)] for i in range(start, start + count)]
+
+
 def roll_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict],
              counterfactuals: dict[str, dict], settings: Rollouts, scratch: Path) -> list[dict]:
     """One rollouts row a question, in the order of `rows`.

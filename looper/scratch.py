@@ -16,6 +16,7 @@ from looper.adapters import CARD
 from looper.base_model import MANIFEST
 from looper.files import sha256
 from looper.params import PARAMS, parse
+from looper.pipeline import lookup, resolved_stages
 
 SCRATCH = Path(".scratch")
 
@@ -50,23 +51,17 @@ def last_checkpoint(scratch: Path) -> str | None:
 
 
 def inputs_hash(stage: str) -> str:
-    """A short hash over what dvc.yaml names as the stage's inputs: its dependencies' bytes and its sections of params.yaml.
+    """A short hash over what dvc.yaml names as the stage's inputs: its dependencies' bytes and its keys of params.yaml.
 
     A model folder counts by its manifest or card, which holds the hashes of the weights.
     """
-    name, _, item = stage.partition("@")
-    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
-    deps = entry["do"]["deps"] if item else entry["deps"]
-    params = entry["do"]["params"] if item else entry["params"]
-    if item:
-        model = entry["foreach"][item]["model"]
-        deps = [dep.replace("${key}", item).replace("${item.model}", model) for dep in deps]
     values = parse(PARAMS.read_bytes())
+    entry = resolved_stages(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8")), values)[stage]
     total = hashlib.sha256(stage.encode())
-    for dep in map(Path, deps):
+    for dep in map(Path, entry["deps"]):
         total.update(f"{dep} {sha256(_identity(dep))}\n".encode())
-    for section in params:
-        total.update(f"{section} {values[section]!r}\n".encode())
+    for key in entry["params"]:
+        total.update(f"{key} {lookup(values, key)!r}\n".encode())
     return total.hexdigest()[:16]
 
 

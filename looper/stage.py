@@ -16,15 +16,15 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
 
     doc: the stage's docstring, printed by `--help`.
     network: whether the stage may ask the hub (only `base` and `prepare`).
-    arguments: the values that the stage's one argument may take; none for a stage without one.
+    arguments: the names of what the stage takes on its command line, such as ROUND; they reach `main` as text.
     """
     given = sys.argv[1:]
     name = Path(sys.argv[0]).stem
     if "-h" in given or "--help" in given:
         print(doc.strip())
         return
-    if len(given) != bool(arguments) or not set(given) <= set(arguments):
-        usage = f"python -m stages.{name}" + (f" {{{','.join(arguments)}}}" if arguments else "")
+    if len(given) != len(arguments):
+        usage = " ".join([f"python -m stages.{name}", *arguments])
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
     os.environ.update(PRIVATE if network else PRIVATE | OFFLINE)
     started = time.perf_counter()

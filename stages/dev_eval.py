@@ -1,6 +1,7 @@
-"""Stage dev_eval: Base and SFT on the first dev questions, before the expensive stages.
+"""Stage dev_eval: Base and SFT on the first dev questions, and on their counterfactuals, before the expensive stages.
 
-Reads models/base, models/sft_lora, data/dev.jsonl and the sections `model`, `eval` and `dev_eval`. Writes metrics/dev.json.
+Reads models/base, models/sft_lora, data/dev.jsonl, data/counterfactuals.jsonl and the sections `model`, `eval` and
+`dev_eval`. Writes metrics/dev.json.
 """
 
 from pathlib import Path
@@ -15,21 +16,21 @@ def main() -> None:
     params = load_params()
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
-    from looper.evaluation import evaluation_metrics
     from looper.files import write_json
     from looper.jsonl import read_jsonl
-    from looper.predictions import predict
+    from looper.predictions import dev_metrics
     from looper.prompts import ROW, TEMPLATES
     from looper.scratch import scratch
 
     rows = read_jsonl(Path("data/dev.jsonl"), ROW)[:params.dev_eval.questions]
+    counterfactuals = read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str, "gold_answer": str})
     tokenizer, template = load_tokenizer(BASE), TEMPLATES[params.model.template]
     metrics = {}
     with scratch("dev_eval") as folder:
         for name, adapter in (("base", None), ("sft", ADAPTER)):
             model = load_for_generation(BASE, adapter, params.model)
-            metrics[name] = evaluation_metrics(
-                predict(model, tokenizer, template, rows, params.eval, folder / name, f"dev {name}"))
+            metrics[name] = dev_metrics(model, tokenizer, template, rows, counterfactuals, params.eval, folder / name,
+                                        f"dev {name}")
             del model  # its memory, before the next one is loaded
         write_json(Path("metrics/dev.json"), metrics)
     for name, each in metrics.items():

@@ -1,7 +1,8 @@
-"""Stage eval: greedy answers of one model on the whole test split. The argument names the model: base, sft or ppo.
+"""Stage eval: greedy answers of one model on the whole test split.
 
-Reads models/base, that model's adapter, data/test.jsonl and the sections `model` and `eval`.
-Writes data/predictions/MODEL.jsonl and metrics/eval_MODEL.json.
+The arguments are the model's name (base, sft or ppo) and its adapter's folder (for base, which has none, its manifest).
+Reads models/base, that adapter, data/test.jsonl and the sections `model` and `eval`.
+Writes data/predictions/NAME.jsonl and metrics/eval_NAME.json.
 """
 
 from pathlib import Path
@@ -10,10 +11,12 @@ from looper.params import load_params
 from looper.stage import run
 
 BASE = Path("models/base")
-ADAPTERS = {"base": None, "sft": Path("models/sft_lora"), "ppo": Path("models/ppo_regime_w")}
+NAMES = ("base", "sft", "ppo")
 
 
-def main(name: str) -> None:
+def main(name: str, adapter: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"there is no model {name!r} to compare; it must be one of {', '.join(NAMES)}")
     params = load_params()
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
@@ -25,7 +28,8 @@ def main(name: str) -> None:
     from looper.scratch import scratch
 
     rows = read_jsonl(Path("data/test.jsonl"), ROW)
-    model, tokenizer = load_for_generation(BASE, ADAPTERS[name], params.model), load_tokenizer(BASE)
+    model = load_for_generation(BASE, None if name == "base" else Path(adapter), params.model)
+    tokenizer = load_tokenizer(BASE)
     with scratch(f"eval@{name}") as folder:
         predictions = predict(model, tokenizer, TEMPLATES[params.model.template], rows, params.eval, folder, f"test {name}")
         write_jsonl(Path(f"data/predictions/{name}.jsonl"), predictions)
@@ -33,4 +37,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, arguments=tuple(ADAPTERS))
+    run(main, __doc__, arguments=("NAME", "ADAPTER"))

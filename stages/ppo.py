@@ -1,21 +1,23 @@
-"""Stage ppo: offline PPO on the scored rollouts, from the SFT adapter.
+"""Stage ppo: offline PPO on the scored rollouts. The argument names the round: 1, 2, …
 
-Reads models/base, models/sft_lora, data/regime_w_rollouts.jsonl and the sections `model` and `ppo`. Writes
-models/ppo_regime_w (adapter, card, value head), metrics/ppo.json and the live metrics in metrics/live/ppo. A killed run
-goes on from its last checkpoint.
+Reads models/base, the adapter that the round starts from (the SFT adapter, then the round's before),
+data/regime_w_rollouts.jsonl and the sections `model`, `ppo` and `rounds`. Writes models/ppo_regime_w (adapter, card, value
+head), metrics/ppo.json and the live metrics in metrics/live/ppo; these names, and that of the rollouts, end in the round's
+suffix. A killed run goes on from its last checkpoint.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 
-from looper.params import load_params
+from looper.params import load_params, round_of
 from looper.stage import run
 
-BASE, SFT, ROLLOUTS = Path("models/base"), Path("models/sft_lora"), Path("data/regime_w_rollouts.jsonl")
+BASE = Path("models/base")
 
 
-def main() -> None:
+def main(name: str) -> None:
     params = load_params()
+    this = round_of(params.rounds, name)
     from looper.adapters import load_trainable, save_adapter
     from looper.base_model import load_tokenizer
     from looper.files import sha256, write_json
@@ -25,18 +27,20 @@ def main() -> None:
     from looper.prompts import TEMPLATES, prompt_ids
     from looper.scratch import scratch
 
-    rows = read_jsonl(ROLLOUTS, {"id": str, "question": str, "reward": float, "arm_outputs": list})
+    start, rollouts = Path(this.start), Path(f"data/regime_w_rollouts{this.suffix}.jsonl")
+    rows = read_jsonl(rollouts, {"id": str, "question": str, "reward": float, "arm_outputs": list})
     tokenizer, template = load_tokenizer(BASE), TEMPLATES[params.model.template]
     samples = samples_from_rows(rows, lambda question: prompt_ids(tokenizer, template, question), params.ppo)
-    model = load_trainable(BASE, SFT, params.model)
-    with scratch("ppo") as folder:
+    model = load_trainable(BASE, start, params.model)
+    with scratch(f"ppo@{name}") as folder:
         value_head = folder / VALUE_HEAD
-        metrics = train_ppo(model, samples, params.ppo, folder, value_head, [LiveMetrics(Path("metrics/live/ppo"))])
-        card = {"data_sha256": sha256(ROLLOUTS), "sft_sha256": sha256(SFT / "adapter_model.safetensors"),
+        live = LiveMetrics(Path(f"metrics/live/ppo{this.suffix}"))
+        metrics = train_ppo(model, samples, params.ppo, folder, value_head, [live])
+        card = {"data_sha256": sha256(rollouts), "start_sha256": sha256(start / "adapter_model.safetensors"),
                 "model": params.model.model_dump(), "ppo": asdict(params.ppo)}
-        save_adapter(model, Path("models/ppo_regime_w"), BASE, card, beside=[value_head])
-        write_json(Path("metrics/ppo.json"), metrics)
+        save_adapter(model, Path(this.adapter), BASE, card, beside=[value_head])
+        write_json(Path(f"metrics/ppo{this.suffix}.json"), metrics)
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, arguments=("ROUND",))

@@ -1,33 +1,35 @@
-"""Stage rollouts: the eight arms answer the first train questions and their counterfactuals.
+"""Stage rollouts: the eight arms answer train questions and their counterfactuals. The argument names the round: 1, 2, …
 
-Reads models/base, models/sft_lora, data/train.jsonl, data/counterfactuals.jsonl and the sections `model` and `rollouts`.
-Writes data/rollouts.jsonl. A killed run goes on after its last finished chunk.
+Reads models/base, the adapter that the round starts from, data/train.jsonl, data/counterfactuals.jsonl and the sections
+`model`, `rollouts` and `rounds`. Writes data/rollouts.jsonl (with the round's suffix). A killed run goes on after its last
+finished chunk.
 """
 
 from pathlib import Path
 
-from looper.params import load_params
+from looper.params import load_params, round_of
 from looper.stage import run
 
-BASE, ADAPTER = Path("models/base"), Path("models/sft_lora")
+BASE = Path("models/base")
 
 
-def main() -> None:
+def main(name: str) -> None:
     params = load_params()
+    this = round_of(params.rounds, name)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.jsonl import read_jsonl, write_jsonl
     from looper.prompts import ROW, TEMPLATES
-    from looper.rollouts import roll_out
+    from looper.rollouts import questions_of_round, roll_out
     from looper.scratch import scratch
 
-    rows = read_jsonl(Path("data/train.jsonl"), ROW)[:params.rollouts.questions]
+    rows = questions_of_round(read_jsonl(Path("data/train.jsonl"), ROW), params.rollouts.questions, int(name))
     counterfactuals = {row["id"]: row for row in read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str})}
-    model, tokenizer = load_for_generation(BASE, ADAPTER, params.model), load_tokenizer(BASE)
-    with scratch("rollouts") as folder:
+    model, tokenizer = load_for_generation(BASE, Path(this.start), params.model), load_tokenizer(BASE)
+    with scratch(f"rollouts@{name}") as folder:
         made = roll_out(model, tokenizer, TEMPLATES[params.model.template], rows, counterfactuals, params.rollouts, folder)
-        write_jsonl(Path("data/rollouts.jsonl"), made)
+        write_jsonl(Path(f"data/rollouts{this.suffix}.jsonl"), made)
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, arguments=("ROUND",))

@@ -8,33 +8,26 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
+from looper.pipeline import lookup, resolved_stages
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = YAML(typ="safe").load(ROOT / "dvc.lock")["stages"]  # YAML 1.2, as DVC writes it: 5e-06 is a number there
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PARAMS = YAML(typ="safe").load(ROOT / "params.yaml")
+STAGES = resolved_stages(yaml.safe_load((ROOT / "dvc.yaml").read_text()), PARAMS)
 TRACKED = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"))
 
 
-def stages() -> dict[str, dict]:
-    """Every stage of dvc.yaml, those of a foreach one by one, with its templates filled in."""
-    found = {}
-    for name, entry in PIPELINE.items():
-        for key, item in entry.get("foreach", {"": {}}).items():
-            text = yaml.safe_dump(entry.get("do", entry)).replace("${key}", key).replace("${item.model}", item.get("model", ""))
-            found[f"{name}@{key}" if key else name] = yaml.safe_load(text)
-    return found
-
-
 def test_the_lock_has_every_stage_and_no_other():
-    assert set(LOCK) == set(stages())
+    assert set(LOCK) == set(STAGES)
 
 
-@pytest.mark.parametrize("name", sorted(stages()))
+@pytest.mark.parametrize("name", sorted(STAGES))
 def test_the_lock_is_of_this_stage(name):
-    assert LOCK[name]["cmd"] == stages()[name]["cmd"]
-    assert {dep["path"] for dep in LOCK[name].get("deps", [])} == set(stages()[name]["deps"])
+    assert LOCK[name]["cmd"] == STAGES[name]["cmd"]
+    assert {dep["path"] for dep in LOCK[name].get("deps", [])} == set(STAGES[name]["deps"])
 
 
-@pytest.mark.parametrize("name", sorted(stages()))
+@pytest.mark.parametrize("name", sorted(STAGES))
 def test_files_in_git_are_those_that_made_the_lock(name):
     checked = 0
     for kind in ("deps", "outs"):
@@ -46,8 +39,7 @@ def test_files_in_git_are_those_that_made_the_lock(name):
     assert checked > 3  # at the least, the stage's own module and what it imports
 
 
-@pytest.mark.parametrize("name", sorted(stages()))
+@pytest.mark.parametrize("name", sorted(STAGES))
 def test_params_are_those_that_made_the_lock(name):
-    params = YAML(typ="safe").load(ROOT / "params.yaml")
-    sections = stages()[name].get("params", [])
-    assert LOCK[name].get("params", {}) == ({"params.yaml": {key: params[key] for key in sections}} if sections else {})
+    expected = {key: lookup(PARAMS, key) for key in STAGES[name].get("params", [])}
+    assert LOCK[name].get("params", {}) == ({"params.yaml": expected} if expected else {})

@@ -1,5 +1,6 @@
 """The real `dvc repro` on a tiny model, in a clone: what reruns after which change, experiments, and the remote."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,8 @@ import yaml
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ["base", "prepare", "sft", "dev_eval", "rollouts", "score", "ppo", "eval@base", "eval@sft", "eval@ppo", "report"]
+ALL = ["base", "prepare", "sft", "dev_eval", "rollouts@1", "score@1", "ppo@1", "dev_ppo", "eval@base", "eval@sft", "eval@ppo",
+       "report"]
 
 
 def run(folder: Path, *command: str) -> str:
@@ -81,17 +83,17 @@ def test_a_comment_in_params_reruns_nothing(project):
 def test_a_comment_in_a_file_reruns_the_stages_that_import_it_and_nothing_behind_them(project):
     with (project / "regime_w" / "scoring.py").open("a") as file:
         file.write("# a comment\n")
-    assert rerun(project) == {"score"}
+    assert rerun(project) == {"score@1"}
 
 
 def test_a_reward_weight_leaves_sft_and_the_other_models_alone(project):
     change(project, "score", "coherence_weight", 0.6)
-    assert rerun(project) == {"score", "ppo", "eval@ppo", "report"}
+    assert rerun(project) == {"score@1", "ppo@1", "dev_ppo", "eval@ppo", "report"}
 
 
 def test_a_ppo_setting_reruns_ppo_and_what_reads_it(project):
     change(project, "ppo", "learning_rate", 1.0e-3)
-    assert rerun(project) == {"ppo", "eval@ppo", "report"}
+    assert rerun(project) == {"ppo@1", "dev_ppo", "eval@ppo", "report"}
 
 
 def test_an_sft_setting_reruns_all_but_base_data_and_the_base_evaluation(project):
@@ -102,12 +104,27 @@ def test_an_sft_setting_reruns_all_but_base_data_and_the_base_evaluation(project
 
 def test_an_experiment_is_run_compared_and_listed(project):
     before = (project / "params.yaml").read_text()
-    assert rerun(project, "dvc", "exp", "run", "-S", "ppo.learning_rate=1.0e-5") == {"ppo", "eval@ppo", "report"}
+    assert rerun(project, "dvc", "exp", "run", "-S", "ppo.learning_rate=1.0e-5") == {"ppo@1", "dev_ppo", "eval@ppo", "report"}
     assert re.search(r"learning_rate: 1.*e-0?5", (project / "params.yaml").read_text())
     difference = run(project, "dvc", "metrics", "diff", "--all")
     assert re.search(r"metrics/summary.json\s+accuracy.ppo", difference)
     assert re.search(r"metrics/ppo.json\s+policy_loss", difference)
     assert "ppo.learning_rate" in run(project, "dvc", "exp", "show", "--csv", "--only-changed")
+    (project / "params.yaml").write_text(before)
+    run(project, "git", "checkout", "--quiet", ".")
+    run(project, "dvc", "checkout", "--quiet")
+
+
+def test_a_second_round_starts_from_the_first_and_does_not_repeat_it(project):
+    before = (project / "params.yaml").read_text()
+    second = ("-S", "+rounds.2.start=models/ppo_regime_w", "-S", "+rounds.2.suffix=_2", "-S", "final=models/ppo_regime_w_2")
+    expected = {"rollouts@2", "score@2", "ppo@2", "dev_ppo", "eval@ppo", "report"}
+    assert rerun(project, "dvc", "exp", "run", *second) == expected
+    cards = [json.loads((project / f"models/ppo_regime_w{suffix}/card.json").read_text()) for suffix in ("", "_2")]
+    assert cards[1]["start_sha256"] == cards[0]["files"]["adapter_model.safetensors"]
+    asked = [{json.loads(line)["id"] for line in (project / f"data/rollouts{suffix}.jsonl").read_text().splitlines()}
+             for suffix in ("", "_2")]
+    assert len(asked[0]) == len(asked[1]) == 4 and not asked[0] & asked[1]
     (project / "params.yaml").write_text(before)
     run(project, "git", "checkout", "--quiet", ".")
     run(project, "dvc", "checkout", "--quiet")
@@ -131,5 +148,5 @@ def test_the_base_and_one_adapter_are_enough_to_evaluate(project):
     expected = (third / "metrics" / "eval_ppo.json").read_text()
     run(third, "python", "-m", "stages.prepare")
     (third / "metrics" / "eval_ppo.json").unlink()
-    run(third, "python", "-m", "stages.eval", "ppo")
+    run(third, "python", "-m", "stages.eval", "ppo", "models/ppo_regime_w")
     assert (third / "metrics" / "eval_ppo.json").read_text() == expected

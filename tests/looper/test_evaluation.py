@@ -1,6 +1,6 @@
 import pytest
 
-from looper.evaluation import PREDICTION_FIELDS, evaluation_metrics, judge
+from looper.evaluation import PREDICTION_FIELDS, evaluation_metrics, judge, robustness
 from looper.jsonl import read_jsonl, write_jsonl
 
 ROW = {"id": "test-00003", "question": "How many?", "gold_answer": "18", "solution": "unused", "annotated": "unused"}
@@ -79,3 +79,20 @@ def test_intervals_are_wilson_and_rounded():
 def test_no_predictions_is_an_error():
     with pytest.raises(ValueError, match="no predictions"):
         evaluation_metrics([])
+
+
+def test_robustness_by_hand():
+    """Four questions, 18 as asked and 20 as changed: right-right, right-wrong, right-recited, wrong-right."""
+    changed_row = ROW | {"gold_answer": "20"}
+    original = [judge(ROW, text, 4, False) for text in ("#### 18", "#### 18", "#### 18", "#### 5")]
+    changed = [judge(changed_row, text, 4, False) for text in ("#### 20", "#### 7", "#### 18", "#### 20")]
+    found = robustness(original, changed)
+    assert (found["n"], found["original"]["value"], found["changed"]["value"]) == (4, 0.75, 0.5)
+    assert found["gap"]["value"] == 0.25 and found["gap"]["low"] <= -0.25 and found["gap"]["high"] >= 0.75
+    assert found["repeats_old_gold"] == 0.25
+    # Wilson's interval of 2 of 4 is 0.5 ± z·√(n/4 + z²/4)/(n + z²) = 0.5 ± 0.349961 at z = 1.959964
+    assert (found["changed"]["low"], found["changed"]["high"]) == (0.150039, 0.849961)
+
+
+def test_robustness_of_nothing_is_its_count():
+    assert robustness([], []) == {"n": 0}

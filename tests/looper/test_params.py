@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from looper.params import check, load_params, parse
+from looper.params import check, load_params, parse, round_of
 from looper.profile import apply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,3 +165,34 @@ def test_the_module_checks_the_file(tmp_path):
         done = subprocess.run([sys.executable, "-m", "looper.params"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT), "PATH": ""})
         assert done.returncode == code and done.stdout == "" and bool(done.stderr) == bool(code)
+
+
+ROUND = {"start": "models/sft_lora", "suffix": ""}
+SECOND = {"start": "models/ppo_regime_w", "suffix": "_2"}
+
+
+def test_rounds_follow_one_another():
+    params = check(changed(rounds={"1": ROUND, "2": SECOND}, final="models/ppo_regime_w_2"), "params.yaml")
+    assert [each.adapter for each in params.rounds.values()] == ["models/ppo_regime_w", "models/ppo_regime_w_2"]
+    assert round_of(params.rounds, "2").start == "models/ppo_regime_w"
+    with pytest.raises(ValueError, match="no round '3'; the section rounds of params.yaml has 1, 2"):
+        round_of(params.rounds, "3")
+
+
+@pytest.mark.parametrize(("rounds", "final", "error"), [
+    ({"1": ROUND, "2": SECOND}, "models/ppo_regime_w",
+     "final must be the last round's adapter, models/ppo_regime_w_2, found models/ppo_regime_w"),
+    ({"1": ROUND, "3": SECOND}, "models/ppo_regime_w_2", 'rounds must be "1", "2", … in order, found 1, 3'),
+    ({"1": SECOND}, "models/ppo_regime_w_2",
+     "rounds.1.start must be the adapter of the round before, models/sft_lora, found models/ppo_regime_w"),
+    ({"1": ROUND, "2": SECOND | {"start": "models/sft_lora"}}, "models/ppo_regime_w_2",
+     "rounds.2.start must be the adapter of the round before, models/ppo_regime_w, found models/sft_lora"),
+    ({"1": ROUND, "2": SECOND | {"suffix": ""}}, "models/ppo_regime_w",
+     "rounds: each needs a suffix of its own, or it would write over another's files"),
+])
+def test_rounds_that_do_not_follow_one_another_are_an_error(rounds, final, error):
+    assert errors(rounds=rounds, final=final)[1:] == [f"  the file: {error}"]
+
+
+def test_a_suffix_cannot_leave_the_folder():
+    assert "rounds.1.suffix" in errors(rounds={"1": ROUND | {"suffix": "/../x"}}, final="models/ppo_regime_w")[1]

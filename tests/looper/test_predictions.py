@@ -8,7 +8,7 @@ from looper import predictions
 from looper.evaluation import PREDICTION_FIELDS
 from looper.generation import Completion
 from looper.params import Eval
-from looper.predictions import predict
+from looper.predictions import dev_metrics, predict
 from looper.prompts import TEMPLATES, prompt_ids
 
 SETTINGS = Eval(max_new_tokens=9, batch_size=2)
@@ -53,3 +53,23 @@ def test_the_real_engine_writes_what_transformers_does(monkeypatch, tokenizer, t
         assert prediction["truncated"] == (written[-1].item() != tokenizer.eos_token_id)
     monkeypatch.setattr("looper.generation._run", lambda *_: pytest.fail("a finished chunk was generated again"))
     assert predict(model, tokenizer, template, ROWS, SETTINGS, tmp_path, "test base") == found
+
+
+def test_dev_metrics_ask_the_questions_and_the_counterfactuals_they_have(monkeypatch, tokenizer, tmp_path):
+    """Three questions, the second with a counterfactual; another split's counterfactual is not asked."""
+    changed = [{"id": name, "question": "Ann has 9.", "gold_answer": "1234"} for name in (ROWS[1]["id"], "train-99999")]
+    asked = []
+
+    def generate_in_chunks(model, requests, scratch, **options):
+        asked.extend(tokenizer.decode(list(request.prompt)) for request in requests)
+        texts = [f"#### {ROWS[0]['gold_answer']}", f"#### {ROWS[1]['gold_answer']}", "none", "#### 1234"]
+        return [Completion(tokenizer.encode(text, add_special_tokens=False), [], truncated=False) for text in texts]
+
+    monkeypatch.setattr(predictions, "generate_in_chunks", generate_in_chunks)
+    found = dev_metrics("model", tokenizer, TEMPLATES["chatml"], ROWS, changed, SETTINGS, tmp_path, "dev sft")
+    assert [question in text for question, text in zip([*(row["question"] for row in ROWS), "Ann has 9."], asked,
+                                                       strict=True)] == [True] * 4
+    assert found["n"] == 3 and found["accuracy"]["value"] == round(2 / 3, 6)
+    assert found["counterfactual"] | {"gap": None, "original": None, "changed": None} == {
+        "n": 1, "original": None, "changed": None, "gap": None, "repeats_old_gold": 0.0}
+    assert found["counterfactual"]["changed"]["value"] == found["counterfactual"]["original"]["value"] == 1.0

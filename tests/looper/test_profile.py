@@ -19,7 +19,8 @@ apply = cache(profile.apply)
 with pytest.MonkeyPatch.context() as patch:  # the sample profile's params, whichever is in force here
     patch.chdir(ROOT)
     SAMPLE = apply("sample", Path("params.yaml").read_text(encoding="utf-8"))
-NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+OVERLAY = "rounds_3"  # goes on top of any of the others
+NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml") if path.stem != OVERLAY)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_profiles_set_the_same_keys_so_that_none_leaves_traces():
         for key, value in values.items():
             if isinstance(value, dict):
                 yield from keys(value, f"{above}{key}.")
-            elif above not in ("base.", "prepare."):  # those two are replaced whole
+            elif above.split(".")[0] not in ("base", "prepare", "rounds"):  # those are replaced whole
                 yield f"{above}{key}"
 
     found = {name: set(keys(overlay(name))) for name in NAMES}
@@ -80,6 +81,14 @@ def test_platinum_undoes_changes_by_hand():
     by_hand = re.sub(r"\b(r|target|questions): [0-9.]+", r"\1: 7", SAMPLE)
     assert [parse(by_hand)[section] != parse(SAMPLE)[section] for section in ("sft", "ppo", "dev_eval")] == [True] * 3
     assert apply("platinum", by_hand) == apply("platinum", SAMPLE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_rounds_go_on_top_of_any_profile_and_change_nothing_else(name):
+    below, above = (parse(text) for text in (apply(name, SAMPLE), apply(OVERLAY, apply(name, SAMPLE))))
+    assert list(above["rounds"]) == ["1", "2", "3"] and above["final"] == "models/ppo_regime_w_3"
+    assert {key for key in below if below[key] != above[key]} == {"rounds", "final"}
+    assert apply("sample", apply(OVERLAY, apply(name, SAMPLE))) == SAMPLE
 
 
 # design.md, section 4
@@ -146,7 +155,7 @@ def test_diff_writes_nothing(folder, run):
 
 
 @pytest.mark.parametrize(("break_it", "message"), [
-    (lambda folder: None, "no profile 'gold'; there are: platinum, platinum_arm, reference, sample"),
+    (lambda folder: None, "no profile 'gold'; there are: platinum, platinum_arm, reference, rounds_3, sample"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  learning_rate: 2e-4\n"), "2.0e-04"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  rate: 1\n"), "sft.rate: unknown key"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("stf:\n  r: 1\n"), "params.yaml has no section stf"),

@@ -9,7 +9,7 @@ from looper import rollouts
 from looper.generation import Completion
 from looper.params import Rollouts
 from looper.prompts import TEMPLATES, prompt_ids
-from looper.rollouts import roll_out
+from looper.rollouts import questions_of_round, roll_out
 from regime_w.arms import ARMS
 
 SETTINGS = Rollouts(questions=3, max_new_tokens=17, batch_size=5, seed=11)
@@ -105,3 +105,10 @@ def test_an_unclosed_think_is_truncated_whatever_ended_it(monkeypatch, tokenizer
     assert output["full_text"] == "<think>\n" + written.removesuffix("<｜end▁of▁sentence｜>")
     assert output["truncated"] is truncated and output["answer"] == answer and output["num_tokens"] == len(ids)
     assert reasoning is None or output["reasoning"].strip() == reasoning
+
+
+@pytest.mark.parametrize(("count", "number", "expected"), [
+    (2, 1, [0, 1]), (2, 2, [2, 3]), (2, 3, [4, 0]), (5, 1, [0, 1, 2, 3, 4]), (9, 1, [0, 1, 2, 3, 4]), (9, 2, [0, 1, 2, 3, 4]),
+])
+def test_each_round_takes_the_next_questions(count, number, expected):
+    assert [row["i"] for row in questions_of_round([{"i": i} for i in range(5)], count, number)] == expected

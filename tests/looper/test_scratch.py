@@ -106,7 +106,7 @@ def test_it_reads_the_repositorys_own_dvc_yaml(monkeypatch):
     monkeypatch.setattr("looper.scratch.sha256", lambda path: str(path))
     for folder in ("models/sft_lora", "models/ppo_regime_w"):
         write_json(Path(folder, "card.json"), {})
-    names = ["sft", "dev_eval", "rollouts", "ppo", "eval@base", "eval@sft", "eval@ppo"]
+    names = ["sft", "dev_eval", "rollouts@1", "ppo@1", "dev_ppo", "eval@base", "eval@sft", "eval@ppo"]
     assert len({inputs_hash(name) for name in names}) == len(names)
 
 

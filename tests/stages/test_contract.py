@@ -1,14 +1,18 @@
 """dvc.yaml against the code: a stage's deps are the files it imports, its params the sections it reads."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from looper.pipeline import resolved_stages
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stages", "looper", "regime_w")
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RESOLVED = resolved_stages({"stages": PIPELINE}, yaml.safe_load((ROOT / "params.yaml").read_text()))
 STAGES = sorted(PIPELINE)
 
 
@@ -53,11 +57,13 @@ def has_code(file: Path) -> bool:
     return not all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
-def sections_read(file: Path) -> set[str]:
-    """The `X` of every `params.X` in a stage's module."""
-    nodes = ast.walk(ast.parse(file.read_text()))
-    return {node.attr for node in nodes
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"}
+def keys_read(file: Path) -> set[str]:
+    """The dotted path of every `params.X` and `params.X.Y` in a stage's module, the longest at each place."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)]
+    inner = {id(node.value) for node in nodes}
+    paths = {ast.unparse(node) for node in nodes if id(node) not in inner}
+    # A call on a section, as in params.sft.model_dump(), reads the section
+    return {path.removeprefix("params.").removesuffix(".model_dump") for path in paths if path.startswith("params.")}
 
 
 # Files that a module reads beside its own text.
@@ -73,8 +79,12 @@ def test_deps_are_the_import_closure(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_params_are_the_sections_read(stage):
-    assert set(definition(stage).get("params", [])) == sections_read(ROOT / "stages" / f"{stage}.py")
+def test_params_are_the_keys_read(stage):
+    """A round's own entry of `rounds` is named in dvc.yaml, so that a further round leaves the finished ones alone."""
+    listed = {key.removesuffix(".${key}") for key in definition(stage).get("params", [])}
+    read = keys_read(ROOT / "stages" / f"{stage}.py")
+    assert {key for key in listed if not any(key == other or other.startswith(f"{key}.") for other in read)} == set()
+    assert {key for key in read if not any(key == other or key.startswith(f"{other}.") for other in listed)} == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -89,16 +99,28 @@ def test_params_reach_the_library_as_sections(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_data_file_the_stage_names_is_in_dvc_yaml(stage):
     """Every path literal in the stage's module is one of its deps or outs, lies in one, or is a folder of some."""
-    entry = definition(stage)
+    known = [str(path) for name, entry in RESOLVED.items() if name.partition("@")[0] == stage for path in paths_of(entry)]
+    for node in ast.walk(ast.parse((ROOT / "stages" / f"{stage}.py").read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Path" and node.args:
+            pattern = path_pattern(node.args[0])
+            assert pattern is None or any(re.fullmatch(f"{pattern}(/.*)?", each) or re.match(f"{each}(/|$)", pattern)
+                                          for each in known), pattern
+
+
+def paths_of(entry: dict) -> list[str]:
+    """The deps and outs of a stage."""
     outs = [out if isinstance(out, str) else next(iter(out))
             for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
-    items = PIPELINE[stage].get("foreach", {"": {}})
-    known = {text.replace("${key}", key).replace("${item.model}", item.get("model", ""))
-             for text in [*entry["deps"], *outs] for key, item in items.items()}
-    for node in ast.walk(ast.parse((ROOT / "stages" / f"{stage}.py").read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Path" and isinstance(node.args[0], ast.Constant):
-            path = node.args[0].value
-            assert any(f"{path}/".startswith(f"{each}/") or f"{each}/".startswith(f"{path}/") for each in known), path
+    return [*entry["deps"], *outs] if "deps" in entry else outs
+
+
+def path_pattern(node: ast.expr) -> str | None:
+    """A regular expression of the paths that a literal or an f-string can be; None for a value from elsewhere."""
+    if isinstance(node, ast.Constant):
+        return re.escape(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(re.escape(part.value) if isinstance(part, ast.Constant) else "[0-9a-z_]*" for part in node.values)
+    return None
 
 
 def test_every_stage_module_is_in_the_pipeline():

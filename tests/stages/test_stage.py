@@ -42,9 +42,9 @@ def test_help_works_from_the_command_line(tmp_path):
 
 @pytest.mark.parametrize(("given", "arguments", "usage"), [
     (["extra"], (), "usage: python -m stages.sft; found extra"),
-    ([], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found nothing"),
-    (["dpo"], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found dpo"),
-    (["base", "ppo"], ("base", "ppo"), "usage: python -m stages.sft {base,ppo}; found base ppo"),
+    ([], ("ROUND",), "usage: python -m stages.sft ROUND; found nothing"),
+    (["base"], ("NAME", "ADAPTER"), "usage: python -m stages.sft NAME ADAPTER; found base"),
+    (["1", "2"], ("ROUND",), "usage: python -m stages.sft ROUND; found 1 2"),
 ])
 def test_wrong_arguments_get_the_usage(monkeypatch, capsys, given, arguments, usage):
     monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py", *given])
@@ -53,11 +53,11 @@ def test_wrong_arguments_get_the_usage(monkeypatch, capsys, given, arguments, us
     assert end.value.code == 2 and capsys.readouterr().err == usage + "\n"
 
 
-def test_the_argument_reaches_main_and_the_time_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/x/stages/eval.py", "ppo"])
+def test_the_arguments_reach_main_and_the_time_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/x/stages/eval.py", "ppo", "models/ppo"])
     got = []
-    stage.run(got.append, "doc", arguments=("base", "ppo"))
-    assert got == ["ppo"] and capsys.readouterr().out == "eval ppo: 0.0 s\n"
+    stage.run(lambda *given: got.append(given), "doc", arguments=("NAME", "ADAPTER"))
+    assert got == [("ppo", "models/ppo")] and capsys.readouterr().out == "eval ppo models/ppo: 0.0 s\n"
 
 
 def test_our_error_is_its_text_and_exit_2(monkeypatch, capsys, tmp_path):
@@ -101,6 +101,19 @@ def test_only_stages_that_fetch_may_ask_the_hub(monkeypatch, network):
     expected = dict.fromkeys(stage.OFFLINE, "") if network else stage.OFFLINE
     assert {name: seen[name] for name in stage.OFFLINE} == expected
     assert stage.OFFLINE["HF_HUB_OFFLINE"] == stage.OFFLINE["HF_DATASETS_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("name", "arguments", "error"), [
+    ("rollouts", ["4"], "rollouts: there is no round '4'; the section rounds of params.yaml has 1\n"),
+    ("score", ["0"], "score: there is no round '0'; the section rounds of params.yaml has 1\n"),
+    ("ppo", ["one"], "ppo: there is no round 'one'; the section rounds of params.yaml has 1\n"),
+    ("eval", ["dpo", "models/dpo"], "eval: there is no model 'dpo' to compare; it must be one of base, sft, ppo\n"),
+])
+def test_a_stage_that_is_called_for_what_is_not_there_says_so_at_once(name, arguments, error):
+    code = f"import runpy, sys; sys.argv = {[name, *arguments]}; runpy.run_module('stages.{name}', run_name='__main__')"
+    code += f"\nassert not {HEAVY} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (2, error)
 
 
 def test_base_and_prepare_alone_have_the_network():

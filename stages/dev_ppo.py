@@ -1,0 +1,36 @@
+"""Stage dev_ppo: the last PPO policy on the questions of dev_eval: what settings are chosen by, before test is read.
+
+Reads models/base, the last round's adapter, data/dev.jsonl, data/counterfactuals.jsonl and the sections `model`, `eval`,
+`dev_eval` and `final`. Writes metrics/dev_ppo.json.
+"""
+
+from pathlib import Path
+
+from looper.params import load_params
+from looper.stage import run
+
+BASE = Path("models/base")
+
+
+def main() -> None:
+    params = load_params()
+    from looper.adapters import load_for_generation
+    from looper.base_model import load_tokenizer
+    from looper.files import write_json
+    from looper.jsonl import read_jsonl
+    from looper.predictions import dev_metrics
+    from looper.prompts import ROW, TEMPLATES
+    from looper.scratch import scratch
+
+    rows = read_jsonl(Path("data/dev.jsonl"), ROW)[:params.dev_eval.questions]
+    counterfactuals = read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str, "gold_answer": str})
+    model, tokenizer = load_for_generation(BASE, Path(params.final), params.model), load_tokenizer(BASE)
+    with scratch("dev_ppo") as folder:
+        metrics = dev_metrics(model, tokenizer, TEMPLATES[params.model.template], rows, counterfactuals, params.eval, folder,
+                              "dev ppo")
+        write_json(Path("metrics/dev_ppo.json"), {"ppo": metrics})
+    print(f"dev accuracy of ppo: {metrics['accuracy']['value']:.1%}")
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
