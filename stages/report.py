@@ -9,7 +9,7 @@ from pathlib import Path
 from looper.params import load_params
 from looper.stage import run
 
-METRICS = ("data", "sft", "dev", "regime_w", "ppo")
+METRICS = ("data", "sft", "dev", "regime_w", "ppo", "dev_ppo")
 SFT, PPO = Path("metrics/live/sft/plots/metrics"), Path("metrics/live/ppo/plots/metrics")
 CURVES = {
     "SFT loss": SFT / "loss.tsv",

@@ -192,7 +192,19 @@ def report(tmp_path_factory, predictions, summary):
     curve = tmp_path_factory.mktemp("curves") / "loss.tsv"
     curve.write_text("step\tloss\n1\t2.5\n2\tnan\n3\t1.5\n")
     return {"summary": summary, "predictions": predictions, "curves": [("SFT: loss", curve)], "regime_w": regime_w,
-            "rollouts": rollouts, "metrics": {"metrics/x.json": {"a": {"b": 0.25, "c": NASTY}, "empty": {}}}}
+            "rollouts": rollouts, "metrics": {
+                "metrics/x.json": {"a": {"b": 0.25, "c": NASTY}, "empty": {}},
+                "dev": {"base": dev_figures(0.5), "sft": dev_figures(0.75)}, "dev_ppo": {"ppo": dev_figures(0.875)}}}
+
+
+def dev_figures(accuracy: float) -> dict:
+    """What `dev_metrics` gives for a model that is right on `accuracy` of the questions and on half that when changed."""
+    def interval(value: float) -> dict:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    return {"accuracy": interval(accuracy), "counterfactual": {
+        "n": 8, "original": interval(accuracy), "changed": interval(accuracy / 2), "gap": interval(accuracy / 2),
+        "repeats_old_gold": 0.125}}
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +265,7 @@ def test_report_is_the_same_bytes_again_and_knows_no_date(tmp_path, report, text
 def test_every_colour_is_the_page_s(text):
     """A fixed colour, or a text without one, would not be seen in one of the two schemes."""
     figures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    assert len(figures) == 8
+    assert len(figures) == 9
     for figure in figures:
         assert re.search(r'aria-label="[A-Z]', figure)
         assert not re.search(r"(?:fill|stroke): #", figure)
