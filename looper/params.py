@@ -105,7 +105,19 @@ class Lora(Section):
     dropout: Share
 
 
+class SelfTargets(Section):
+    """How the base answers train questions when `sft.targets` is self."""
+
+    samples: Positive
+    temperature: float = Field(gt=0)
+    max_new_tokens: Positive
+    batch_size: Positive
+    seed: Seed
+
+
 class Sft(Section):
+    targets: Literal["gold", "self"]
+    self: SelfTargets
     lora: Lora
     learning_rate: float = Field(gt=0)
     epochs: float = Field(gt=0)

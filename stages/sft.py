@@ -1,6 +1,6 @@
-"""Stage sft: fine-tunes a LoRA adapter on the train split with TRL's SFTTrainer (QLoRA where the model is NF4).
+"""Stage sft: fine-tunes a LoRA adapter on the train split's targets with TRL's SFTTrainer (QLoRA where it is NF4).
 
-Reads models/base, data/train.jsonl and the sections `model` and `sft`. Writes models/sft_lora (adapter and card),
+Reads models/base, data/sft_targets.jsonl and the sections `model` and `sft`. Writes models/sft_lora (adapter and card),
 metrics/sft.json and the live metrics in metrics/live/sft. A killed run goes on from its last checkpoint.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from looper.params import load_params
 from looper.stage import run
 
-BASE, TRAIN, ADAPTER = Path("models/base"), Path("data/train.jsonl"), Path("models/sft_lora")
+BASE, TARGETS, ADAPTER = Path("models/base"), Path("data/sft_targets.jsonl"), Path("models/sft_lora")
 
 
 def main() -> None:
@@ -22,12 +22,12 @@ def main() -> None:
     from looper.scratch import scratch
     from looper.sft import finetune
 
-    rows = read_jsonl(TRAIN, ROW)
+    rows = read_jsonl(TARGETS, ROW)
     model, tokenizer = load_base(BASE, params.model), load_tokenizer(BASE)
     with scratch("sft") as folder:
         trained, metrics = finetune(model, tokenizer, TEMPLATES[params.model.template], rows, params.sft, folder,
                                     Path("metrics/live/sft"))
-        card = {"data_sha256": sha256(TRAIN), "model": params.model.model_dump(), "sft": params.sft.model_dump()}
+        card = {"data_sha256": sha256(TARGETS), "model": params.model.model_dump(), "sft": params.sft.model_dump()}
         save_adapter(trained, ADAPTER, BASE, card)
         write_json(Path("metrics/sft.json"), metrics)
 

@@ -70,7 +70,7 @@ def tiny_rows(count: int = 16) -> list[dict]:
 def tiny_sft(**changes) -> Sft:
     """Settings of a run of a few updates."""
     lora = {"r": 4, "alpha": 8, "dropout": 0.0} | changes.pop("lora", {})
-    return Sft(**{"lora": lora, "learning_rate": 1e-2, "epochs": 1, "batch_size": 8, "micro_batch": 8,
-                  "warmup_share": 0.0, "max_tokens": 512, "max_grad_norm": 1.0, "loss_on": "completion",
-                  "gradient_checkpointing": False,
-                  "save_steps": 1000, "seed": 0} | changes)
+    own = {"samples": 2, "temperature": 0.7, "max_new_tokens": 12, "batch_size": 8, "seed": 0}
+    return Sft(**{"targets": "gold", "self": own, "lora": lora, "learning_rate": 1e-2, "epochs": 1,
+                  "batch_size": 8, "micro_batch": 8, "warmup_share": 0.0, "max_tokens": 512, "max_grad_norm": 1.0,
+                  "loss_on": "completion", "gradient_checkpointing": False, "save_steps": 1000, "seed": 0} | changes)
