@@ -57,6 +57,7 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dic
 
     gained, lost: questions that only the new, only the old model gets right. p_value: of McNemar's exact test.
     detectable: the smallest true difference that such a test would show in 80% of cases. gain: see `divide_gain`.
+    both_formatted: see `among_formatted`.
     """
     before, after = ([row["correct"] for row in rows] for rows in (old, new))
     test = mcnemar(before, after)
@@ -65,7 +66,17 @@ def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dic
         "gained": test.gained, "lost": test.lost, "p_value": float(f"{test.p_value:.6g}"),
         "detectable": round(detectable_difference(test.gained + test.lost, len(old)), 6),
         "gain": divide_gain(old, new),
+        "both_formatted": among_formatted(old, new),
     }
+
+
+def among_formatted(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The strict measure of reasoning: the difference in accuracy on the questions that both models answer in the form
+    asked for, where form can explain nothing. The figures are None where there are no such questions."""
+    pairs = [pair for pair in zip(old, new, strict=True) if all(is_formatted(row["full_text"]) for row in pair)]
+    before, after = ([pair[place]["correct"] for pair in pairs] for place in (0, 1))
+    figures = _difference(before, after) if pairs else dict.fromkeys(("difference", "low", "high"))
+    return {"questions": len(pairs), **figures}
 
 
 def divide_gain(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from looper.evaluation import evaluation_metrics, judge
-from looper.report import MODELS, divide_gain, plot_rows, summarise, table, verdict, write_report
+from looper.report import MODELS, among_formatted, divide_gain, plot_rows, summarise, table, verdict, write_report
 from looper.report_plots import read_curve
 from looper.report_regime_w import compare_credit
 from regime_w.arms import ARMS
@@ -94,6 +94,17 @@ def test_the_parts_add_up_to_the_difference(predictions, summary):
     for test in summary["paired"].values():
         assert sum(part["difference"] for part in test["gain"].values()) == pytest.approx(test["difference"], abs=3e-6)
         assert sum(part["questions"] for part in test["gain"].values()) == test["gained"] + test["lost"]
+
+
+def test_the_strict_measure_looks_at_answers_that_both_models_format():
+    """Of five questions three are in form twice, of which the old model gets one right and the new one all."""
+    old = answers(["#### 17", "#### 18", "#### 1", "18", "#### 18"])
+    new = answers(["#### 18", "#### 18", "#### 18", "#### 18", "no idea"])
+    found = among_formatted(old, new)
+    assert (found["questions"], found["difference"]) == (3, round(2 / 3, 6))  # (3 - 1) / 3
+    assert found["low"] <= found["difference"] <= found["high"] <= 1
+    assert among_formatted(answers(["18"]), answers(["#### 18"])) == {
+        "questions": 0, "difference": None, "low": None, "high": None}
 
 
 def test_a_negative_gold_is_found_with_any_minus():
