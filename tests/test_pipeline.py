@@ -13,7 +13,7 @@ import yaml
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-ALL = ["base", "prepare", "sft", "dev_eval", "rollouts@1", "score@1", "ppo@1", "dev_ppo", "eval@base", "eval@sft", "eval@ppo",
+ALL = ["base", "prepare", "targets", "sft", "dev_eval", "rollouts@1", "score@1", "ppo@1", "dev_ppo", "eval@base", "eval@sft", "eval@ppo",
        "report"]
 
 
@@ -98,7 +98,7 @@ def test_a_ppo_setting_reruns_ppo_and_what_reads_it(project):
 
 def test_an_sft_setting_reruns_all_but_base_data_and_the_base_evaluation(project):
     change(project, "sft", "learning_rate", 2.5e-3)
-    assert rerun(project) == set(ALL) - {"base", "prepare", "eval@base"}
+    assert rerun(project) == set(ALL) - {"base", "prepare", "targets", "eval@base"}
     commit(project)
 
 
