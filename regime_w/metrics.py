@@ -1,7 +1,7 @@
 """What the scored rollouts of a run say, gathered row by row in constant memory. Glossary: regime_w/README.md."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class ScoreMetrics:
         self.settings = settings
         self.questions = self.any_right = self.with_signal = self.mixed = self.placeholders = 0
         self.mean_right = self.majority_right = 0.0
-        self.arms: dict[str, ArmTally] = {}
+        self.arms: defaultdict[str, ArmTally] = defaultdict(ArmTally)
         self.components = {
             "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
         self.pending: list[tuple[float, ...]] = []  # components and share of right arms, folded in by the thousand
@@ -43,9 +43,7 @@ class ScoreMetrics:
         self.majority_right += (right in leading) / max(1, len(leading))
         self.with_signal += any(output["advantage"] for output in outputs)
         for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
-            tally = self.arms.get(output["name"])
-            if tally is None:
-                tally = self.arms[output["name"]] = ArmTally()
+            tally = self.arms[output["name"]]
             tally.questions += 1
             tally.right += correct
             tally.tokens += length

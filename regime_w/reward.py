@@ -56,5 +56,5 @@ def _parts(right: bool, coherence: float, length: float, settings: ScoreSettings
     return {
         "correctness": settings.reward_correct if right else settings.reward_wrong,
         "coherence": settings.coherence_weight * coherence,
-        "length": settings.length_penalty * min(0.0, settings.free_length - length),
+        "length": settings.length_penalty * (settings.free_length - length) if length > settings.free_length else 0.0,
     }

@@ -37,9 +37,9 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb", buffering=2**20) as file:
             for row in rows:
-                file.write(_ENCODER.encode(row) + "\n")
+                file.write(_ENCODER.encode(row).encode() + b"\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -69,7 +69,5 @@ def _score(row: dict, settings: ScoreSettings) -> tuple[dict, AnswerSet]:
     ]
     scored = {"reward": total(parts), "s_end": end, "s_path": path, "s_cf": cf, "s_wm": coherence,
               "reward_parts": parts, "arm_outputs": outputs, "counterfactual": row["counterfactual"]}
-    head = row.copy()
-    for key in scored.keys() & head.keys():
-        del head[key]  # so that what is scored comes last, in our order
+    head = {key: value for key, value in row.items() if key not in scored}  # what is scored comes last, in our order
     return head | scored, arms
