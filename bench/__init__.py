@@ -1,0 +1,1 @@
+"""`python -m bench`: this repository against the plain way, side by side."""

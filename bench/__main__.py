@@ -1,0 +1,158 @@
+"""This repository against the plain way: the same process, weights, token ids and seeds, passes in the order A B B A.
+
+B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries. A ratio is printed only if
+the stage's gates hold, which compare the results; if one fails the exit status is 1.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.measure import Gate, Measured, Stage, measure
+from looper.base_model import MANIFEST
+from looper.stage import OFFLINE, PRIVATE
+
+if TYPE_CHECKING:
+    from bench.workload import Setup
+
+STAGES = ("sft", "rollouts", "ppo", "eval", "score")
+RANDOM_8B = "8b-shape"
+FOLDER_8B = Path(".scratch/8b-shape")
+ROWS = {"cuda": {"sft": 256, "rollouts": 1024, "ppo": 64, "eval": 1319, "score": 20_000},
+        "cpu": {"sft": 24, "rollouts": 256, "ppo": 16, "eval": 128, "score": 20_000}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    os.environ.update(PRIVATE | OFFLINE)
+    try:
+        setup = prepare(options) if options.stage != ["score"] else None
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    reports = [report(build(name, setup, options)) for name in options.stage]
+    if options.json:
+        content = {"machine": machine(setup), "model": options.model, "stages": reports}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(each["gates_hold"] for each in reports) else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def one_of(names: tuple[str, ...]):
+        def several(text: str) -> list[str]:
+            if unknown := set(text.split(",")) - set(names):
+                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {','.join(names)}")
+            return list(dict.fromkeys(text.split(",")))
+        return several
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+        return int(text)
+
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument("--stage", type=one_of(STAGES), default=list(STAGES), help=f"some of {','.join(STAGES)}")
+    parser.add_argument("--model", default="models/base", help=f"a base model's folder, or {RANDOM_8B}: random weights")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too, every pass with them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument("--rows", type=positive, help="rows a pass, instead of each stage's own number")
+    parser.add_argument("--against", type=one_of(("b1", "b2")), default=["b1", "b2"], help="b1, b2 or both")
+    return parser.parse_args(arguments)
+
+
+def prepare(options: argparse.Namespace) -> "Setup":
+    """The model's folder and the device's limits. Raises ValueError for a folder that is no base model."""
+    import torch
+
+    from bench.workload import set_up
+
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.model == RANDOM_8B:
+        if options.device == "cpu":
+            raise ValueError(f"--model {RANDOM_8B} needs a CUDA GPU; give the folder of a small model instead")
+        from bench.random_8b import make_8b
+
+        make_8b(FOLDER_8B)
+    folder = FOLDER_8B if options.model == RANDOM_8B else Path(options.model)
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder}/{MANIFEST} is missing; --model must be a base model as the stage base leaves it: "
+                         "dvc repro base")
+    return set_up(folder, options.device)
+
+
+def build(name: str, setup: "Setup | None", options: argparse.Namespace) -> Stage:
+    rows = options.rows or ROWS[options.device or "cpu"][name]
+    if name == "score":
+        from bench import score
+
+        return score.stage(rows)
+    from bench import generation, ppo, sft
+
+    make = {"sft": sft.stage, "ppo": ppo.stage, "rollouts": generation.rollouts, "eval": generation.evaluation}[name]
+    return make(setup, rows, options.against)
+
+
+# ---- what is printed ----
+
+
+def report(stage: Stage) -> dict[str, Any]:
+    """Gates, then passes; prints the stage's table and returns what stands in the JSON."""
+    with redirect_stdout(io.StringIO()):  # the trainers print every update
+        gates = stage.gates()
+    measured = measure(stage)
+    holds = all(gate.holds for gate in gates)
+    print(table(stage, measured, gates), flush=True)
+    return {
+        "stage": stage.name, "unit": stage.unit, "limit": stage.limit, "gates_hold": holds,
+        "gates": [{**gate._asdict(), "holds": gate.holds} for gate in gates],
+        "sides": [{**side._asdict(), "passes": [each._asdict() for each in side.passes],
+                   "share_of_limit": stage.limit and side.rate / stage.limit,
+                   "ratio": measured[0].rate / side.rate if holds and side is not measured[0] else None}
+                  for side in measured]}
+
+
+def table(stage: Stage, measured: list[Measured], gates: list[Gate]) -> str:
+    """The stage's figures as text: one line a side, then the gates."""
+    unit, ours = stage.unit, measured[0]
+    holds = all(gate.holds for gate in gates)
+    head = [stage.name, unit, "seconds", f"{unit}/s", "warm-up s", "set-up s", "peak GiB", "of the limit", "looper is"]
+    lines = [head]
+    for side in measured:
+        ratio = "" if side is ours else f"{ours.rate / side.rate:.2f}x" if holds else "(gate failed)"
+        lines.append([side.name, f"{side.tokens:,}", f"{side.seconds:.2f}", f"{side.rate:,.0f}", f"{side.warm_up:.1f}",
+                      f"{side.setup:.1f}", "" if side.gib is None else f"{side.gib:.1f}",
+                      f"{side.rate / stage.limit:.1%}" if stage.limit else "", ratio])
+    kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines[1:])]  # no empty columns
+    widths = {i: max(len(line[i]) for line in lines) for i in kept}
+    text = "\n".join("  ".join(f"{line[i]:<{widths[i]}}" if i == 0 else f"{line[i]:>{widths[i]}}" for i in kept).rstrip()
+                     for line in lines)
+    if stage.limit:
+        text += f"\nlimit: {stage.limit:,.0f} {unit}/s"
+    for gate in gates:
+        verdict = "holds" if gate.holds else f"FAILED: exceeds the limit by {gate.found - gate.limit:.2e}"
+        text += f"\ngate {gate.name}: {gate.found:.2e} (at most {gate.limit:.0e}): {verdict}"
+    return f"\n{text}\n"
+
+
+def machine(setup: "Setup | None") -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    known = {"python": platform.python_version(),
+             **{name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}}
+    if setup is None:
+        return known
+    import torch
+
+    device = torch.cuda.get_device_name() if setup.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"device": device, "dtype": str(setup.dtype), "flops": setup.flops, "bandwidth": setup.bandwidth,
+            **known}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

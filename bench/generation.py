@@ -1,0 +1,153 @@
+"""Generation, for rollouts and evaluation: this repository's engine against `generate` of transformers.
+
+Nobody ends early: each row writes as many tokens as the stored list says. `generate` has one temperature and one length a
+batch, so it takes a temperature's rows together and runs all to the longest; only the listed tokens count.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from bench.measure import Gate, Side, Stage, timed
+from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter
+from looper.generation import Completion, generate
+from regime_w.arms import ARMS
+
+BATCH = {"cuda": 512, "cpu": 64}  # this repository's: rows running at once
+# The yardsticks take two batches and one batch: their rate does not depend on the number, and all rows would take an hour.
+B1_BATCH, B1_ROWS = 8, 16
+B2_BATCH = {"cuda": 256, "cpu": 64}
+GATE_ROWS = 16
+# In nats: of the largest and of the mean difference. In bfloat16 a logit of 20 is off by up to 0.06, so that the mean is held
+# to 0.01 and a single token to 0.1, and greedy tokens may part where two are nearer than both their errors.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-1, 1e-2)}
+
+
+class Row(NamedTuple):
+    prompt: list[int]
+    temperature: float  # 0 = greedy
+    length: int  # tokens to write
+
+
+def rollouts(setup: Setup, rows: int, against: list[str]) -> Stage:
+    """Eight arms a question: each style has a prompt of its own, which its four temperatures share."""
+    stored, made = lengths(rows), []
+    for i, (_, output) in enumerate(stored):
+        arm, question = ARMS[i % len(ARMS)], i // len(ARMS)
+        length, _ = stored[question]
+        ids = random_ids(setup, length, seed=f"{arm.style}/{question}")
+        made.append(Row(ids, arm.temperature, output))
+    return _stage("rollouts", setup, made, against)
+
+
+def evaluation(setup: Setup, rows: int, against: list[str]) -> Stage:
+    """Greedy answers to as many questions."""
+    made = [Row(random_ids(setup, prompt, seed=f"eval/{i}"), 0.0, output)
+            for i, (prompt, output) in enumerate(lengths(rows))]
+    return _stage("eval", setup, made, against)
+
+
+def _stage(name: str, setup: Setup, rows: list[Row], against: list[str]) -> Stage:
+    device = setup.model.device
+    model = merged(setup)
+    by_arm = sorted(rows, key=lambda row: row.temperature)
+    sides = [Side("looper", lambda: timed(lambda: count(ours(model, rows, BATCH[device]), rows)), [model])]
+    if "b1" in against:
+        unmerged = with_adapter(load(setup, quantised=True)).eval()
+        first = by_arm[:B1_ROWS]
+        sides.append(Side(f"B1: generate, unmerged, {B1_BATCH} per arm",
+                          lambda: timed(lambda: count(plain(unmerged, first, B1_BATCH), first)), [unmerged]))
+    if "b2" in against:
+        batch = B2_BATCH[device]
+        some = by_arm[:batch]
+        sides.append(Side(f"B2: generate, merged, batch {max(map(len, batches(some, batch)))}",
+                          lambda: timed(lambda: count(plain(model, some, batch), some)), [model]))
+    return Stage(name, sides, lambda: gates(setup, model, rows) if against else [],
+                 limit(setup, rows, min(BATCH[device], len(rows))))
+
+
+def limit(setup: Setup, rows: Sequence[Row], batch: int) -> float:
+    """Tokens/s of a batch that is always full: prefill at the peak of matrix products, then steps that read all weights and
+    each row's keys and values once at the speed of a copy, or compute at that peak, whichever takes longer.
+
+    A prompt is prefilled once, however many rows begin with it.
+    """
+    shape, width = setup.shape, torch.finfo(setup.dtype).bits // 8
+    tokens = sum(row.length for row in rows)
+    prompts = sum(map(len, {tuple(row.prompt) for row in rows}))
+    weights = shape.body + shape.head
+    context = sum(row.length * len(row.prompt) + row.length * (row.length + 1) // 2 for row in rows)
+    memory = (tokens / batch * weights + context * shape.kv) * width / setup.bandwidth
+    return tokens / (2 * shape.body * prompts / setup.flops + max(memory, 2 * weights * tokens / setup.flops))
+
+
+# ---- the sides ----
+
+
+def ours(model: PreTrainedModel, rows: Sequence[Row], batch: int) -> list[Completion]:
+    return generate(model, [row.prompt for row in rows], temperatures=[row.temperature for row in rows],
+                    max_new_tokens=[row.length for row in rows], eos_token_ids=(), batch_size=batch, seed=0)
+
+
+@torch.inference_mode()
+def plain(model: PreTrainedModel, rows: Sequence[Row], batch: int) -> list[list[int]]:
+    """`generate` on left-padded batches, a temperature at a time; each row's tokens, cut to its length."""
+    torch.manual_seed(0)
+    # No end of sequence: every batch runs to its longest row
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, bos_token_id=None)
+    written = []
+    for some in batches(rows, batch):
+        width, longest = max(len(row.prompt) for row in some), max(row.length for row in some)
+        ids = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in some], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in some], device=model.device)
+        temperature = some[0].temperature
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **sampling)
+        written += [new[:row.length] for new, row in zip(out[:, width:].tolist(), some, strict=True)]
+    return written
+
+
+def batches(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
+    """Rows in their order, at most `size` together, never two temperatures."""
+    for _, group in groupby(rows, key=lambda row: row.temperature):
+        group = list(group)
+        yield from (group[start:start + size] for start in range(0, len(group), size))
+
+
+def count(written: Sequence[Completion | list[int]], rows: Sequence[Row]) -> int:
+    """The tokens that were asked for. Raises ValueError if a row has another number of them."""
+    found = [len(each.token_ids if isinstance(each, Completion) else each) for each in written]
+    if found != [row.length for row in rows]:
+        raise ValueError("generation: a side wrote another number of tokens than the stored lengths say")
+    return sum(found)
+
+
+# ---- the gate ----
+
+
+@torch.inference_mode()
+def gates(setup: Setup, model: PreTrainedModel, rows: Sequence[Row]) -> list[Gate]:
+    """Greedy tokens against `generate`'s and log-probabilities against a pass over each whole row, on the first rows.
+
+    Where a row parts from `generate`'s, the gap is that between the two tokens' log-probabilities: a tie, or an error.
+    """
+    rows = [row._replace(temperature=0.0) for row in rows[:GATE_ROWS]]
+    largest, mean = TOLERANCE[setup.dtype]
+    differences, gaps = [], []
+    for row, own, other in zip(rows, ours(model, rows, GATE_ROWS), plain(model, rows, GATE_ROWS), strict=True):
+        ids = torch.tensor([row.prompt + own.token_ids], device=model.device)
+        reference = model(ids).logits[0, len(row.prompt) - 1:-1].float().log_softmax(-1)
+        tokens = ids[0, len(row.prompt):]
+        expected = reference.gather(1, tokens[:, None])[:, 0].cpu()
+        differences.append((torch.tensor(own.logprobs) - expected).abs())
+        parted = next((i for i, pair in enumerate(zip(own.token_ids, other)) if pair[0] != pair[1]), None)
+        gaps.append(None if parted is None else abs((reference[parted, other[parted]] - expected[parted]).item()))
+    differences = torch.cat(differences)
+    same = gaps.count(None)
+    return [Gate(f"greedy tokens: {same} of {len(rows)} rows as generate's, gap where the others part",
+                 max((gap for gap in gaps if gap is not None), default=0.0), 2 * largest),
+            Gate("log-probabilities, largest difference", differences.max().item(), largest),
+            Gate("log-probabilities, mean difference", differences.mean().item(), mean)]

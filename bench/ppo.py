@@ -1,0 +1,206 @@
+"""PPO: this repository's `train_ppo` against the plain way, on the same samples, weights, order of updates and settings.
+
+The plain way pads every batch, holds the logits of all positions, and computes reference and values by whole passes; it uses
+`looper.ppo_math` for what follows from log-probabilities and values, which costs next to nothing. A pass is a whole run: the
+reference's log-probabilities, then one epoch. The gate compares the first PPO batch's loss and its first gradients.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from bench.measure import Gate, Pass, Side, Stage, timed
+from bench.workload import Setup, gradients, lengths, load, random_ids, relative_error, seed_adapter, with_adapter
+from looper import ppo_math
+from looper.ppo import PPOSample, train_ppo
+from looper.ppo_data import COMPONENTS, collate, padded, plan_steps
+from looper.ppo_settings import PPOSettings
+
+SETTINGS = PPOSettings(save_steps=10**9)  # the defaults: platinum's, without checkpointing
+B1_ROWS = 16
+# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and a full row of logits is rounded to them.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2)}
+
+
+def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
+    samples = make_samples(setup, rows)
+    own = with_adapter(load(setup, quantised=True))
+    policy = with_adapter(load(setup, quantised=True)) if against else None
+    critic = with_adapter(load(setup, quantised=True)) if "b1" in against else None
+    first = samples[:B1_ROWS]
+    sides = {
+        "looper": Side("looper", lambda: run(samples, lambda: ours(own, samples), own), [own]),
+        "b1": Side("B1: critic trunk, full logits, checkpointing",
+                   lambda: run(first, lambda: plain(policy, critic, first, checkpointing=True), policy, critic),
+                   [policy, critic]),
+        "b2": Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy), [policy]),
+    }
+    return Stage("ppo", [sides[key] for key in ("looper", *against)],
+                 lambda: gates(setup, own, policy) if against else [], limit(setup, samples))
+
+
+def make_samples(setup: Setup, rows: int) -> list[PPOSample]:
+    """Random responses of the stored lengths, with random rewards."""
+    rng = random.Random(0)
+    return [PPOSample(f"bench-{i:05d}/arm", random_ids(setup, prompt, f"ppo/{i}"), random_ids(setup, output, f"response/{i}"),
+                      [-1.0] * output, rng.uniform(-0.5, 1.7), None, dict.fromkeys(COMPONENTS, 0.5))
+            for i, (prompt, output) in enumerate(lengths(rows))]
+
+
+def trained_tokens(samples: Sequence[PPOSample]) -> int:
+    return SETTINGS.ppo_epochs * sum(len(each.prompt_ids) + len(each.response_ids) for each in samples)
+
+
+def limit(setup: Setup, samples: Sequence[PPOSample]) -> float:
+    """Trained tokens/s of the matrix products alone at the device's peak.
+
+    2 FLOP a weight each: the reference's forward pass, the old policy's, and forward and backward of every inner epoch; the
+    head on response tokens only.
+    """
+    responses = sum(len(each.response_ids) for each in samples)
+    tokens = trained_tokens(samples) // SETTINGS.ppo_epochs
+    flops = (4 + 4 * SETTINGS.ppo_epochs) * (tokens * setup.shape.body + responses * setup.shape.head)
+    return trained_tokens(samples) / (flops / setup.flops)
+
+
+# ---- the sides ----
+
+
+def run(samples: Sequence[PPOSample], train: Callable[[], object], *models: PeftModel) -> Pass:
+    """One pass, from the same adapters as every other."""
+    for model in models:
+        seed_adapter(model)
+
+    def work() -> int:
+        train()
+        return trained_tokens(samples)
+
+    return timed(work)
+
+
+def ours(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSettings = SETTINGS,
+         callbacks: Sequence[TrainerCallback] = ()) -> None:
+    with TemporaryDirectory() as folder:
+        train_ppo(model, samples, settings, Path(folder), Path(folder) / "value_head.safetensors", callbacks)
+
+
+class Update(NamedTuple):
+    """What the plain way reports of an optimiser step."""
+
+    loss: float
+    gradients: Tensor | None  # of the first step
+
+
+def plain(policy: PeftModel, critic: PeftModel | None, samples: Sequence[PPOSample], settings: PPOSettings = SETTINGS,
+          checkpointing: bool = False) -> list[Update]:
+    """One epoch of PPO in the plain way; a critic of its own, or None for a value head on the policy."""
+    models = [policy] if critic is None else [policy, critic]
+    for model in models:
+        model.train()  # no dropout is in it; checkpointing asks for it
+        language_model = model.get_base_model()
+        if checkpointing:
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            language_model.gradient_checkpointing_disable()
+    head = nn.Linear(policy.config.hidden_size, 1, device=policy.device)
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, sum(sample.reward for sample in samples) / len(samples))
+    weights = [each for model in (*models, head) for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    controller = ppo_math.AdaptiveKLController(settings.kl.initial, settings.kl.target, settings.kl.horizon)
+    plan, reference, updates = plan_steps(len(samples), settings), {}, []
+    with torch.no_grad():
+        for step in plan:
+            if step.first:
+                reference[step.number] = forward(policy, critic, head, [samples[i] for i in step.batch])[0]
+    for step in plan:
+        if step.first:
+            batch = [samples[i] for i in step.batch]
+            mask, old_logprobs, old_values, advantages, returns = start(policy, critic, head, batch,
+                                                                        reference[step.number], controller.beta, settings)
+        rows = list(step.rows)
+        logprobs, values = forward(policy, critic, head, [batch[row] for row in rows])
+        width = logprobs.shape[1]
+        some = [each[rows, :width] for each in (mask, old_logprobs, old_values, advantages, returns)]
+        surrogate = ppo_math.policy_loss(logprobs, some[1], some[3], some[0], settings.clip_low, settings.clip_high)
+        value = ppo_math.value_loss(values, some[2], some[4], some[0], settings.value_clip)
+        loss = surrogate.loss + settings.value_coef * value.loss
+        optimizer.zero_grad()
+        loss.backward()
+        updates.append(Update(loss.item(), None if updates else gradients(policy)))
+        nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+        optimizer.step()
+        if step.last:
+            drift = ppo_math.kl_estimate(reference[step.number], old_logprobs, "k3").sum(1).mean().item()
+            controller.update(drift, len(batch))
+    return updates
+
+
+def start(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: Sequence[PPOSample], reference: Tensor,
+          beta: float, settings: PPOSettings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(mask, old log-probabilities, old values, whitened advantages, returns) of a PPO batch, each [B, T]."""
+    mask = collate(batch, policy.device).mask
+    with torch.no_grad():
+        logprobs, values = forward(policy, critic, head, batch)
+    scores = torch.tensor([sample.reward for sample in batch], device=policy.device)
+    penalty = ppo_math.kl_estimate(logprobs, reference, settings.kl.estimator)
+    rewards = ppo_math.token_rewards(penalty, scores, mask, beta)
+    advantages, returns = ppo_math.gae(rewards, values, mask, settings.gamma, settings.lam)
+    return mask, logprobs, values, ppo_math.whiten(advantages, mask), returns
+
+
+def forward(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: Sequence[PPOSample]) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, values) of the response tokens, each [B, T]: log-softmax over all positions of the padded batch."""
+    tokens = collate(batch, policy.device)
+    total = padded([[1] * (len(each.prompt_ids) + len(each.response_ids)) for each in batch], torch.long).to(policy.device)
+    out = policy(input_ids=tokens.input_ids, attention_mask=total, use_cache=False, output_hidden_states=critic is None)
+    everywhere = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens.input_ids[:, 1:, None])[..., 0]
+    if critic is not None:
+        out = critic.get_base_model().model(input_ids=tokens.input_ids, attention_mask=total, use_cache=False)
+        hidden = out.last_hidden_state
+    else:
+        hidden = out.hidden_states[-1]
+    values = head(hidden.float())[..., 0]
+    return everywhere.gather(1, tokens.sources) * tokens.mask, values.gather(1, tokens.sources) * tokens.mask
+
+
+# ---- the gate ----
+
+
+class FirstBatch(TrainerCallback):
+    """The mean loss of the first PPO batch's updates, and the gradients of the first."""
+
+    def __init__(self):
+        self.loss = self.gradients = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.gradients is None:
+            self.gradients = gradients(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.loss is None and "policy_loss" in logs:
+            self.loss = logs["policy_loss"] + SETTINGS.value_coef * logs["value_loss"]
+
+
+def gates(setup: Setup, own: PeftModel, policy: PeftModel) -> list[Gate]:
+    """One PPO batch on both sides, the same adapter on both at its start."""
+    samples = make_samples(setup, SETTINGS.batch_size)
+    settings = replace(SETTINGS, max_grad_norm=1e9)
+    for model in (own, policy):
+        seed_adapter(model)
+    first = FirstBatch()
+    ours(own, samples, settings, [first])
+    updates = plain(policy, None, samples, settings)
+    expected = sum(update.loss for update in updates) / len(updates)
+    loss, gradient = TOLERANCE[setup.dtype]
+    return [Gate("loss against the padded reference, relative", abs(first.loss - expected) / abs(expected), loss),
+            Gate("gradients against the padded reference, relative norm",
+                 relative_error(first.gradients, updates[0].gradients), gradient)]

@@ -1,0 +1,175 @@
+"""SFT: this repository's `finetune` against TRL's SFTTrainer, on the same rows, weights, seed and effective batch of 8.
+
+Both sides are timed from the end of an update to the end of the last one: set-up, compilation and the first updates stand
+apart. The gate compares loss and gradients of one update with those of 1 × 8 accumulation.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from bench.measure import Gate, Pass, Side, Stage, synchronize
+from bench.workload import LORA, Setup, gradients, lengths, load, relative_error, watching
+from looper.params import Sft, load_params
+from looper.prompts import training_ids
+from looper.sample_problems import generate
+from looper.sft import finetune
+
+BATCH = 8  # rows an update, on every side
+WARM_UP = {"cuda": 2, "cpu": 1}  # updates at the start of every pass that are not measured
+B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and the whole list would take minutes
+# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows sums in another order than 8.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
+
+Train = Callable[[list[dict]], None]
+
+
+def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
+    own, plain = load(setup, quantised=True), load(setup, quantised=True) if against else None
+    trainers: dict[str, Train] = {
+        "looper": lambda data: ours(setup, own, data),
+        "b1": lambda data: trl(setup, plain, data, micro_batch=1, checkpointing=True),
+        "b2": lambda data: trl(setup, plain, data, micro_batch=BATCH, checkpointing=False),
+    }
+    names = {"looper": "looper", "b1": "B1: TRL 1 x 8, checkpointing", "b2": "B2: TRL 8 x 1"}
+
+    def side(key: str) -> Side:
+        measured = min(rows, B1_ROWS) if key == "b1" else rows
+        data = make_rows(setup, WARM_UP[setup.model.device] * BATCH + measured)
+        return Side(names[key], lambda: run(setup, trainers[key], data), [own if key == "looper" else plain])
+
+    return Stage("sft", [side(key) for key in ("looper", *against)],
+                 lambda: gates(setup, trainers["looper"], trainers["b1"]) if against else [], limit(setup))
+
+
+def limit(setup: Setup) -> float:
+    """Tokens/s of the matrix products alone at the device's peak: forward and the gradient of the activations, 2 FLOP a
+    weight each; nothing computed twice, no gradient of the frozen weights, attention (below 1% at these lengths) left out.
+    """
+    return setup.flops / (4 * (setup.shape.body + setup.shape.head))
+
+
+# ---- the sides ----
+
+
+def ours(setup: Setup, model: PreTrainedModel, rows: list[dict]) -> None:
+    with TemporaryDirectory() as folder:
+        trained, _ = finetune(model, setup.tokenizer, setup.template, rows, settings(), Path(folder) / "scratch",
+                              Path(folder) / "live")
+    trained.unload()  # the next pass starts from the same base
+
+
+def settings() -> Sft:
+    """params.yaml's way of computing (micro_batch and the like), with the measured update's settings."""
+    return load_params().sft.model_copy(update={
+        "lora": LORA, "learning_rate": 5e-5, "epochs": 1, "batch_size": BATCH, "warmup_share": 0.0, "max_tokens": 2048,
+        "max_grad_norm": 1e9, "loss_on": "completion", "gradient_checkpointing": False, "save_steps": 10**9, "seed": 0})
+
+
+def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], micro_batch: int, checkpointing: bool) -> None:
+    """TRL as its documentation shows it for a model that is loaded already: QLoRA where the base is NF4."""
+    if not checkpointing:
+        model.gradient_checkpointing_disable()
+    encoded = [training_ids(setup.tokenizer, setup.template, row) for row in rows]
+    dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
+    with TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=BATCH // micro_batch,
+            gradient_checkpointing=checkpointing, learning_rate=5e-5, max_grad_norm=1e9, completion_only_loss=True,
+            max_length=None, bf16=setup.dtype == torch.bfloat16, use_cpu=not setup.cuda, num_train_epochs=1,
+            optim="paged_adamw_8bit" if setup.cuda else "adamw_torch", logging_steps=1, save_strategy="no", seed=0,
+            report_to="none", dataloader_pin_memory=setup.cuda)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout,
+                          target_modules="all-linear")
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=setup.tokenizer,
+                             peft_config=lora)
+        trainer.train()
+        trainer.model.unload()
+
+
+# ---- what they work on, and the clock ----
+
+
+def make_rows(setup: Setup, count: int) -> list[dict]:
+    """Prepared rows whose prompts and solutions have the stored lengths, to a few tokens: pieces of the built-in problems."""
+    problems = generate("train", 200, seed=0)
+    text = setup.tokenizer.encode(" ".join(f"{each['question']} {each['answer']}" for each in problems),
+                                  add_special_tokens=False)
+    frame = len(training_ids(setup.tokenizer, setup.template, {"question": "", "solution": "", "gold_answer": "7"})[0])
+    rows, at = [], 0
+    for i, (prompt, output) in enumerate(lengths(count)):
+        at = at % (len(text) - prompt - output)
+        question = text[at:at + max(1, prompt - frame)]
+        solution = text[at + prompt:at + prompt + output]
+        rows.append({"id": f"bench-{i:05d}", "question": setup.tokenizer.decode(question),
+                     "solution": setup.tokenizer.decode(solution), "gold_answer": "7"})
+        at += prompt + output
+    return rows
+
+
+class Clock(TrainerCallback):
+    """The time and the trained tokens at the end of the last warm-up update and of the last of all."""
+
+    def __init__(self, warm_up: int):
+        self.warm_up = warm_up
+        self.times: dict[int, float] = {}
+        self.tokens: dict[int, int] = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (self.warm_up, state.max_steps):
+            synchronize()
+            self.times[state.global_step] = perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "num_tokens" in logs:  # TRL's count, without padding
+            self.tokens[state.global_step] = int(logs["num_tokens"])
+
+
+def run(setup: Setup, train: Train, rows: list[dict]) -> Pass:
+    """One pass over `rows`, its clock started after the warm-up updates.
+
+    Raises ValueError if the trainer's count of tokens is not the rows'.
+    """
+    first = WARM_UP[setup.model.device]
+    started = perf_counter()
+    with watching(Clock(first)) as clock:
+        train(rows)
+    last = max(clock.times)
+    given = sum(len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows)
+    if clock.tokens[last] != given:
+        raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; padding must not count")
+    return Pass(given - clock.tokens[first], clock.times[last] - clock.times[first], clock.times[first] - started)
+
+
+# ---- the gate ----
+
+
+class FirstUpdate(TrainerCallback):
+    """Loss and gradients of a run of one update."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = gradients(model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.loss = logs["loss"]
+
+
+def gates(setup: Setup, own: Train, accumulated: Train) -> list[Gate]:
+    """One update of 8 rows on both sides; the adapter is as new, so that only lora_B has a gradient."""
+    seen = []
+    for train in (own, accumulated):
+        with watching(FirstUpdate()) as update:
+            train(make_rows(setup, BATCH))
+        seen.append(update)
+    found, expected = seen
+    loss, gradient = TOLERANCE[setup.dtype]
+    return [Gate("loss against 1 x 8, relative", abs(found.loss - expected.loss) / abs(expected.loss), loss),
+            Gate("gradients against 1 x 8, relative norm", relative_error(found.gradients, expected.gradients), gradient)]

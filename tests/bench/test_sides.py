@@ -1,0 +1,184 @@
+"""The real sides on the tiny model in float32: their gates hold, and fail where a result is another; tokens without padding."""
+
+from dataclasses import replace
+from statistics import mean
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from bench import generation, ppo, sft
+from bench.generation import Row, batches
+from bench.random_8b import small_tokenizer
+from bench.workload import Setup, Shape, lengths, load, merged, random_ids, shape_of, with_adapter
+from looper.params import Model
+from looper.prompts import TEMPLATES, training_ids
+
+BOTH = ["b1", "b2"]
+
+
+@pytest.fixture(scope="module")
+def setup(base):
+    """Float32 whatever the processor, and a device of round figures."""
+    model = Model(device="cpu", dtype="float32", quantization="none", template="chatml")
+    return Setup(base, model, tiny_tokenizer(), TEMPLATES["chatml"], shape_of(base), torch.float32, 1e9, 1e8)
+
+
+def run(stage):
+    """One pass of each side."""
+    gates = stage.gates()
+    assert gates and all(gate.holds for gate in gates), gates
+    return [side.run() for side in stage.sides]
+
+
+# ---- what both sides work on ----
+
+def test_the_stored_lengths_are_those_of_gsm8k():
+    prompts, outputs = zip(*lengths(1319))
+    assert (min(prompts), max(prompts), min(outputs), max(outputs)) == (60, 150, 22, 300)
+    assert mean(prompts) == pytest.approx(98.5, abs=0.1) and mean(outputs) == pytest.approx(110.3, abs=0.1)
+    assert lengths(1321)[1319:] == lengths(2), "after its end the list begins again"
+
+
+def test_equal_adapters_on_equal_bases(setup):
+    first, second = (with_adapter(load(setup, quantised=True)) for _ in range(2))
+    weights = [{name: each for name, each in model.named_parameters() if "lora_" in name} for model in (first, second)]
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) == 28
+    assert all(torch.equal(weights[0][name], weights[1][name]) and weights[0][name].abs().max() > 0 for name in weights[0])
+    ids = torch.tensor([random_ids(setup, 20, "a")])
+    with torch.no_grad():
+        unmerged, together = first.eval()(ids).logits, merged(setup)(ids).logits
+        plain = load(setup, quantised=True)(ids).logits
+    torch.testing.assert_close(unmerged, together, rtol=0, atol=1e-4)
+    assert (unmerged - plain).abs().max() > 1e-2, "the adapter does something"
+
+
+def test_the_small_tokenizer_serves_every_template():
+    tokenizer = small_tokenizer()
+    for template in TEMPLATES.values():
+        assert len(tokenizer.encode(template.end, add_special_tokens=False)) == 1
+    assert len(tokenizer) <= 1000 and tokenizer.decode(tokenizer.encode("Ann has 3 apples.")) == "Ann has 3 apples."
+
+
+# ---- SFT ----
+
+def test_sft_sides_count_the_same_tokens_and_no_padding(setup):
+    passes = run(sft.stage(setup, 8, BOTH))
+    rows = sft.make_rows(setup, 16)
+    sizes = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows]
+    assert len({each.tokens for each in passes}) == 1
+    # one update of 8 of these rows, whichever the seed drew: between the 8 shortest and the 8 longest
+    assert sum(sorted(sizes)[:8]) <= passes[0].tokens <= sum(sorted(sizes)[-8:]) and len(set(sizes)) > 8
+    assert all(each.seconds > 0 and each.setup > 0 for each in passes)
+
+
+def test_sft_rows_have_the_stored_lengths(setup):
+    rows = sft.make_rows(setup, 50)
+    stored = [sum(pair) for pair in lengths(50)]
+    found = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows]
+    assert mean(found) == pytest.approx(mean(stored), rel=0.05)
+
+
+def test_sft_refuses_a_count_that_is_not_the_rows(setup):
+    rows = sft.make_rows(setup, 32)
+    model = load(setup, quantised=True)
+    with pytest.raises(ValueError, match="padding must not count"):
+        sft.run(setup, lambda _: sft.ours(setup, model, rows[:24]), rows)
+
+
+def test_the_sft_gate_sees_another_loss(setup, monkeypatch):
+    right = sft.settings
+    monkeypatch.setattr(sft, "settings", lambda: right().model_copy(update={"loss_on": "full"}))
+    gates = sft.stage(setup, 8, ["b1"]).gates()
+    assert len(gates) == 2 and not any(gate.holds for gate in gates)
+
+
+def test_the_limit_of_sft(setup):
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    head = 32 * len(tiny_tokenizer())
+    assert setup.shape == Shape(2 * layer, head, 2 * 2 * 2 * 8, len(tiny_tokenizer()))
+    assert sft.limit(setup) == pytest.approx(1e9 / (4 * (2 * layer + head)))
+
+
+# ---- generation ----
+
+@pytest.mark.parametrize("make", [generation.rollouts, generation.evaluation])
+def test_generation_counts_the_asked_tokens(setup, make):
+    passes = run(make(setup, 8, BOTH))
+    assert [each.tokens for each in passes] == [sum(output for _, output in lengths(8))] * 3
+
+
+def test_a_batch_of_generate_has_one_temperature():
+    rows = [Row([i], temperature, 1) for i, temperature in enumerate([0.2] * 5 + [0.3] * 2)]
+    assert [[row.prompt[0] for row in some] for some in batches(rows, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_arms_of_a_style_share_their_prompt(setup, monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "_stage", lambda name, setup, rows, against: made.extend(rows))
+    generation.rollouts(setup, 16, BOTH)
+    assert [row.temperature for row in made] == [0.2, 0.3, 0.4, 0.5] * 4
+    prompts = [tuple(row.prompt) for row in made]
+    assert len(set(prompts)) == 4 and all(prompts[i] == prompts[4 * (i // 4)] for i in range(16))
+    assert [len(prompt) for prompt in prompts] == [lengths(2)[0][0]] * 8 + [lengths(2)[1][0]] * 8
+    assert [row.length for row in made] == [output for _, output in lengths(16)]
+
+
+def test_another_number_of_tokens_is_refused():
+    with pytest.raises(ValueError, match="another number of tokens"):
+        generation.count([[1, 2]], [Row([0], 0.0, 3)])
+
+
+@pytest.mark.parametrize("change, failing", [
+    (lambda one: one._replace(token_ids=[*one.token_ids[:3], one.token_ids[3] ^ 1, *one.token_ids[4:]]), 0),
+    (lambda one: one._replace(logprobs=[one.logprobs[0] + 3e-5, *one.logprobs[1:]]), 1),
+])
+def test_the_generation_gate_sees_another_token_and_another_log_probability(setup, monkeypatch, change, failing):
+    right = generation.ours
+    monkeypatch.setattr(generation, "ours", lambda *given: [change(one) for one in right(*given)])
+    gates = generation.evaluation(setup, 4, ["b2"]).gates()
+    assert not gates[failing].holds and gates[failing].found > gates[failing].limit
+
+
+def test_the_limit_of_generation_by_hand(setup):
+    rows = [Row([1, 2, 3], 0.2, 4), Row([1, 2, 3], 0.3, 2)]
+    toy = setup._replace(shape=Shape(body=1000, head=200, kv=10, vocabulary=9), flops=1e4, bandwidth=100.0)
+    # 6 tokens in 3 steps of 2; keys and values read: 4*3 + (1+2+3+4) and 2*3 + (1+2) = 31 tokens of 10 numbers
+    memory, compute, prefill = (3 * 1200 + 31 * 10) * 4 / 100, 2 * 1200 * 6 / 1e4, 2 * 1000 * 3 / 1e4
+    assert generation.limit(toy, rows, 2) == pytest.approx(6 / (prefill + memory)) and memory > compute
+    wide = toy._replace(bandwidth=1e9)
+    assert generation.limit(wide, rows, 2) == pytest.approx(6 / (prefill + compute))
+
+
+# ---- PPO ----
+
+def test_ppo_sides_train_the_same_tokens(setup):
+    passes = run(ppo.stage(setup, 8, BOTH))
+    assert [each.tokens for each in passes] == [4 * sum(prompt + output for prompt, output in lengths(8))] * 3
+
+
+def test_every_ppo_pass_starts_from_the_same_adapter(setup):
+    samples, model = ppo.make_samples(setup, 8), with_adapter(load(setup, quantised=True))
+    seen = []
+    for _ in range(2):
+        first = ppo.FirstBatch()
+        ppo.run(samples, lambda: ppo.ours(model, samples, ppo.SETTINGS, [first]), model)
+        seen.append(first)
+    assert seen[0].loss == seen[1].loss and torch.equal(seen[0].gradients, seen[1].gradients)
+
+
+@pytest.mark.parametrize("change", [{"gamma": 0.9}, {"value_clip": 1e-3, "learning_rate": 1e-2}])
+def test_the_ppo_gate_sees_another_loss(setup, monkeypatch, change):
+    right = ppo.ours
+    monkeypatch.setattr(ppo, "ours", lambda model, samples, settings, callbacks: right(
+        model, samples, replace(settings, **change), callbacks))
+    loss, _ = ppo.stage(setup, 8, ["b2"]).gates()
+    assert not loss.holds
+
+
+def test_the_limit_of_ppo_by_hand(setup):
+    toy = setup._replace(shape=Shape(body=1000, head=200, kv=10, vocabulary=9), flops=1e4)
+    samples = ppo.make_samples(setup, 1)
+    prompt, output = len(samples[0].prompt_ids), len(samples[0].response_ids)
+    seconds = 20 * ((prompt + output) * 1000 + output * 200) / 1e4  # 2 + 2 + 4 epochs × 4 FLOP a weight
+    assert ppo.limit(toy, samples) == pytest.approx(4 * (prompt + output) / seconds)
