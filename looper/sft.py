@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -14,6 +15,8 @@ from looper.live import LiveMetrics
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
 from looper.scratch import last_checkpoint
+
+IGNORED = -100  # the label of a position that is not learned
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,
@@ -55,11 +58,10 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
                          callbacks=[LiveMetrics(live), _OnlyFinite()])
-    # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
-    # fused kernels stay in use, and bfloat16 gradients stay finite.
-    hook = trainer.model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    hooks = _leave_out_padding_and_prompts(trainer.model)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return trainer.model, _metrics(trainer, dataset)
 
 
@@ -73,8 +75,27 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[
     return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
 
 
-def _without_mask(module, args, kwargs):
-    return args, {**kwargs, "attention_mask": None}
+def _leave_out_padding_and_prompts(model: PeftModel) -> list[RemovableHandle]:
+    """Hooks that spare the model what its loss does not depend on.
+
+    Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the fused
+    kernels stay in use, and bfloat16 gradients stay finite. The head is given the positions that have a label, and no other:
+    where it runs without Triton, TRL multiplies every position by the whole vocabulary.
+    """
+    labelled = None  # [rows, length - 1]: whether the position's next token is learned
+
+    def before_model(module, args, kwargs):
+        nonlocal labelled
+        labels = kwargs.pop("labels")[:, 1:]
+        labelled = labels != IGNORED
+        return args, {**kwargs, "attention_mask": None, "shift_labels": labels[labelled][None]}
+
+    def after_backbone(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[:, :-1][labelled][None]
+        return output
+
+    return [model.register_forward_pre_hook(before_model, with_kwargs=True),
+            model.get_base_model().base_model.register_forward_hook(after_backbone)]
 
 
 class _OnlyFinite(TrainerCallback):

@@ -20,10 +20,16 @@ class Killed(BaseException):
 
 
 class Watch(TrainerCallback):
-    """The gradients that the optimiser got; dies after `kill_at` updates."""
+    """The gradients that the optimiser got, and how many positions the head saw in each pass; dies after `kill_at` updates."""
 
     def __init__(self, kill_at=None):
-        self.kill_at, self.gradients = kill_at, []
+        self.kill_at, self.gradients, self.positions = kill_at, [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.hook = model.register_forward_hook(lambda _, args, output: self.positions.append(output.log_probs.numel()))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()
@@ -115,8 +121,8 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(train, tokenizer, loss_
     assert (trained == metrics["tokens"]) == (loss_on == "full")
 
 
-def test_no_attention_mask_reaches_the_model_and_none_is_missed(train, monkeypatch):
-    """Rows are padded on the right: under causal attention a mask changes nothing but which kernels run."""
+def test_what_the_loss_does_not_need_is_left_out_and_not_missed(train, monkeypatch):
+    """No mask (rows are padded on the right), and the head on the positions that have a label alone."""
     def masks_seen():
         model, seen = tiny_model(), []
         model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]),
@@ -124,18 +130,22 @@ def test_no_attention_mask_reaches_the_model_and_none_is_missed(train, monkeypat
         return model, seen
 
     model, seen = masks_seen()
-    without = train(settings=tiny_sft(), model=model, name="without")
+    lean = train(settings=tiny_sft(), model=model, name="lean")
     assert len(seen) == 2 and seen == [None, None]
-    assert not without[2].model._forward_pre_hooks, "the hook goes when training is over"
-    monkeypatch.setattr(sft, "_without_mask", lambda module, args, kwargs: (args, kwargs))
+    trained = sum(label != -100 for row in lean[2].train_dataset for label in row["labels"])
+    assert len(lean[3].positions) == 2 and sum(lean[3].positions) == trained, "the head saw what is trained on"
+    assert not lean[2].model._forward_pre_hooks and not model.model._forward_hooks, "the hooks go when training is over"
+    monkeypatch.setattr(sft, "_leave_out_padding_and_prompts", lambda model: [])
     model, seen = masks_seen()
-    masked = train(settings=tiny_sft(), model=model, name="masked")
+    plain = train(settings=tiny_sft(), model=model, name="plain")
     assert len(seen) == 2 and all((mask == 0).any() for mask in seen), "there is padding"
-    losses = [[entry["loss"] for entry in run[2].state.log_history if "loss" in entry] for run in (without, masked)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert sum(plain[3].positions) > 2 * trained
+    for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        logged = [[entry[name] for entry in run[2].state.log_history if name in entry] for run in (lean, plain)]
+        assert len(logged[0]) == 2 and logged[0] == pytest.approx(logged[1], abs=1e-5)
     for step in range(2):
-        assert_close(without[3].gradients[step], masked[3].gradients[step])
-    assert_close(without[0], masked[0])
+        assert_close(lean[3].gradients[step], plain[3].gradients[step])
+    assert_close(lean[0], plain[0])
 
 
 # ---- training ----
