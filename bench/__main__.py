@@ -1,7 +1,7 @@
 """This repository against the plain way: the same process, weights, token ids and seeds, passes in the order A B B A.
 
-B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries. A ratio is printed only if
-the stage's gates hold, which compare the results; if one fails the exit status is 1.
+B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries. A ratio is printed only
+if the stage's gates hold, which compare the results; if one fails the exit status is 1.
 """
 
 import argparse
@@ -129,8 +129,8 @@ def table(stage: Stage, measured: list[Measured], gates: list[Gate]) -> str:
                       f"{side.rate / stage.limit:.1%}" if stage.limit else "", ratio])
     kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines[1:])]  # no empty columns
     widths = {i: max(len(line[i]) for line in lines) for i in kept}
-    text = "\n".join("  ".join(f"{line[i]:<{widths[i]}}" if i == 0 else f"{line[i]:>{widths[i]}}" for i in kept).rstrip()
-                     for line in lines)
+    cells = [[line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in kept] for line in lines]
+    text = "\n".join("  ".join(line).rstrip() for line in cells)
     if stage.limit:
         text += f"\nlimit: {stage.limit:,.0f} {unit}/s"
     for gate in gates:

@@ -1,7 +1,7 @@
 """Generation, for rollouts and evaluation: this repository's engine against `generate` of transformers.
 
-Nobody ends early: each row writes as many tokens as the stored list says. `generate` has one temperature and one length a
-batch, so it takes a temperature's rows together and runs all to the longest; only the listed tokens count.
+Nobody ends early: each row writes as many tokens as the stored list says. `generate` has one temperature and one length
+a batch, so it takes a temperature's rows together and runs all to the longest; only the listed tokens count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,12 @@ from looper.generation import Completion, generate
 from regime_w.arms import ARMS
 
 BATCH = {"cuda": 512, "cpu": 64}  # this repository's: rows running at once
-# The yardsticks take two batches and one batch: their rate does not depend on the number, and all rows would take an hour.
+# The yardsticks take two batches and one: their rate does not depend on the number, and all rows would take an hour.
 B1_BATCH, B1_ROWS = 8, 16
 B2_BATCH = {"cuda": 256, "cpu": 64}
 GATE_ROWS = 16
-# In nats: of the largest and of the mean difference. In bfloat16 a logit of 20 is off by up to 0.06, so that the mean is held
-# to 0.01 and a single token to 0.1, and greedy tokens may part where two are nearer than both their errors.
+# In nats: of the largest and of the mean difference. In bfloat16 a logit of 20 is off by up to 0.06, so the mean is
+# held to 0.01 and a single token to 0.1, and greedy tokens may part where two are nearer than both their errors.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-1, 1e-2)}
 
 
@@ -70,9 +70,10 @@ def _stage(name: str, setup: Setup, rows: list[Row], against: list[str]) -> Stag
 
 
 def limit(setup: Setup, rows: Sequence[Row], batch: int) -> float:
-    """Tokens/s of a batch that is always full: prefill at the peak of matrix products, then steps that read all weights and
-    each row's keys and values once at the speed of a copy, or compute at that peak, whichever takes longer.
+    """Tokens/s of a batch that is always full.
 
+    Prefill at the peak of matrix products, then steps that read all weights and each row's keys and values once at the
+    speed of a copy, or compute at that peak, whichever takes longer.
     A prompt is prefilled once, however many rows begin with it.
     """
     shape, width = setup.shape, torch.finfo(setup.dtype).bits // 8
@@ -101,8 +102,9 @@ def plain(model: PreTrainedModel, rows: Sequence[Row], batch: int) -> list[list[
     written = []
     for some in batches(rows, batch):
         width, longest = max(len(row.prompt) for row in some), max(row.length for row in some)
-        ids = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in some], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row.prompt)) + [1] * len(row.prompt) for row in some], device=model.device)
+        padding = [[0] * (width - len(row.prompt)) for row in some]
+        ids = torch.tensor([pad + row.prompt for pad, row in zip(padding, some)], device=model.device)
+        mask = torch.tensor([pad + [1] * len(row.prompt) for pad, row in zip(padding, some)], device=model.device)
         temperature = some[0].temperature
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=longest, **sampling)

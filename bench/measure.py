@@ -79,15 +79,15 @@ def timed(work: Callable[[], int]) -> Pass:
 
 
 def order(sides: int, passes: int = PASSES) -> list[int]:
-    """The sides' numbers in the order of their passes: A B B A A B, so that a drift of the machine falls on all alike."""
+    """The sides' numbers in the order of their passes, A B B A A B: a drift of the machine falls on all alike."""
     return [side for i in range(passes) for side in (range(sides) if i % 2 == 0 else reversed(range(sides)))]
 
 
 def measure(stage: Stage) -> list[Measured]:
     """A warm-up pass of each side, then the measured ones in `order`.
 
-    A side's peak memory is that of its own models and of what its passes add: the other sides' models, which are there too,
-    do not count.
+    A side's peak memory is that of its own models and of what its passes add: the other sides' models, which are there
+    too, do not count.
     """
     plan = [*range(len(stage.sides)), *order(len(stage.sides))]
     passes: list[list[Pass]] = [[] for _ in stage.sides]

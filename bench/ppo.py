@@ -1,8 +1,9 @@
-"""PPO: this repository's `train_ppo` against the plain way, on the same samples, weights, order of updates and settings.
+"""PPO: this repository's `train_ppo` against the plain way: the same samples, weights, order of updates and settings.
 
-The plain way pads every batch, holds the logits of all positions, and computes reference and values by whole passes; it uses
-`looper.ppo_math` for what follows from log-probabilities and values, which costs next to nothing. A pass is a whole run: the
-reference's log-probabilities, then one epoch. The gate compares the first PPO batch's loss and its first gradients.
+The plain way pads every batch, holds the logits of all positions, and computes reference and values by whole passes; it
+uses `looper.ppo_math` for what follows from log-probabilities and values, which costs next to nothing. A pass is a
+whole run: the reference's log-probabilities, then one epoch. The gate compares the first PPO batch's loss and its first
+gradients.
 """
 
 import random
@@ -41,7 +42,8 @@ def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
         "b1": Side("B1: critic trunk, full logits, checkpointing",
                    lambda: run(first, lambda: plain(policy, critic, first, checkpointing=True), policy, critic),
                    [policy, critic]),
-        "b2": Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy), [policy]),
+        "b2": Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy),
+                   [policy]),
     }
     return Stage("ppo", [sides[key] for key in ("looper", *against)],
                  lambda: gates(setup, own, policy) if against else [], limit(setup, samples))
@@ -50,8 +52,9 @@ def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
 def make_samples(setup: Setup, rows: int) -> list[PPOSample]:
     """Random responses of the stored lengths, with random rewards."""
     rng = random.Random(0)
-    return [PPOSample(f"bench-{i:05d}/arm", random_ids(setup, prompt, f"ppo/{i}"), random_ids(setup, output, f"response/{i}"),
-                      [-1.0] * output, rng.uniform(-0.5, 1.7), None, dict.fromkeys(COMPONENTS, 0.5))
+    return [PPOSample(f"bench-{i:05d}/arm", random_ids(setup, prompt, f"ppo/{i}"),
+                      random_ids(setup, output, f"response/{i}"), [-1.0] * output, rng.uniform(-0.5, 1.7), None,
+                      dict.fromkeys(COMPONENTS, 0.5))
             for i, (prompt, output) in enumerate(lengths(rows))]
 
 
@@ -62,8 +65,8 @@ def trained_tokens(samples: Sequence[PPOSample]) -> int:
 def limit(setup: Setup, samples: Sequence[PPOSample]) -> float:
     """Trained tokens/s of the matrix products alone at the device's peak.
 
-    2 FLOP a weight each: the reference's forward pass, the old policy's, and forward and backward of every inner epoch; the
-    head on response tokens only.
+    2 FLOP a weight each: the reference's forward pass, the old policy's, and forward and backward of every inner epoch;
+    the head on response tokens only.
     """
     responses = sum(len(each.response_ids) for each in samples)
     tokens = trained_tokens(samples) // SETTINGS.ppo_epochs
@@ -124,8 +127,8 @@ def plain(policy: PeftModel, critic: PeftModel | None, samples: Sequence[PPOSamp
     for step in plan:
         if step.first:
             batch = [samples[i] for i in step.batch]
-            mask, old_logprobs, old_values, advantages, returns = start(policy, critic, head, batch,
-                                                                        reference[step.number], controller.beta, settings)
+            mask, old_logprobs, old_values, advantages, returns = start(
+                policy, critic, head, batch, reference[step.number], controller.beta, settings)
         rows = list(step.rows)
         logprobs, values = forward(policy, critic, head, [batch[row] for row in rows])
         width = logprobs.shape[1]
@@ -157,15 +160,17 @@ def start(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: S
     return mask, logprobs, values, ppo_math.whiten(advantages, mask), returns
 
 
-def forward(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: Sequence[PPOSample]) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, values) of the response tokens, each [B, T]: log-softmax over all positions of the padded batch."""
+def forward(policy: PeftModel, critic: PeftModel | None, head: nn.Linear,
+            batch: Sequence[PPOSample]) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, values) of the response tokens, each [B, T]; log-softmax over all positions, padding too."""
     tokens = collate(batch, policy.device)
-    total = padded([[1] * (len(each.prompt_ids) + len(each.response_ids)) for each in batch], torch.long).to(policy.device)
-    out = policy(input_ids=tokens.input_ids, attention_mask=total, use_cache=False, output_hidden_states=critic is None)
+    ones = [[1] * (len(each.prompt_ids) + len(each.response_ids)) for each in batch]
+    mask = padded(ones, torch.long).to(policy.device)
+    out = policy(input_ids=tokens.input_ids, attention_mask=mask, use_cache=False, output_hidden_states=critic is None)
     everywhere = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens.input_ids[:, 1:, None])[..., 0]
     if critic is not None:
-        out = critic.get_base_model().model(input_ids=tokens.input_ids, attention_mask=total, use_cache=False)
-        hidden = out.last_hidden_state
+        trunk = critic.get_base_model().base_model
+        hidden = trunk(input_ids=tokens.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     else:
         hidden = out.hidden_states[-1]
     values = head(hidden.float())[..., 0]

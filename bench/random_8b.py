@@ -22,10 +22,10 @@ def make_8b(folder: Path) -> Path:
     if (folder / MANIFEST).exists():
         return folder
     tokenizer = small_tokenizer()
-    config = LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-                         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131_072,
-                         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131_072, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -40,7 +40,7 @@ def make_8b(folder: Path) -> Path:
 
 
 def small_tokenizer():
-    """A byte-level BPE of a thousand tokens, learned from the built-in problems; each template's marks are one token."""
+    """A byte-level BPE of a thousand tokens, from the built-in problems; every template's end is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
 """SFT: this repository's `finetune` against TRL's SFTTrainer, on the same rows, weights, seed and effective batch of 8.
 
-Both sides are timed from the end of an update to the end of the last one: set-up, compilation and the first updates stand
-apart. The gate compares loss and gradients of one update with those of 1 × 8 accumulation.
+Both sides are timed from the end of an update to the end of the last one: set-up, compilation and the first updates
+stand apart. The gate compares loss and gradients of one update with those of 1 × 8 accumulation.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from looper.sft import finetune
 
 BATCH = 8  # rows an update, on every side
 WARM_UP = {"cuda": 2, "cpu": 1}  # updates at the start of every pass that are not measured
-B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and the whole list would take minutes
-# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows sums in another order than 8.
+B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and all of them would take minutes
+# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows adds in another order.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
 
 Train = Callable[[list[dict]], None]
@@ -33,8 +33,9 @@ Train = Callable[[list[dict]], None]
 
 def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
     own, plain = load(setup, quantised=True), load(setup, quantised=True) if against else None
+    chosen = settings()
     trainers: dict[str, Train] = {
-        "looper": lambda data: ours(setup, own, data),
+        "looper": lambda data: ours(setup, own, data, chosen),
         "b1": lambda data: trl(setup, plain, data, micro_batch=1, checkpointing=True),
         "b2": lambda data: trl(setup, plain, data, micro_batch=BATCH, checkpointing=False),
     }
@@ -50,8 +51,10 @@ def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
 
 
 def limit(setup: Setup) -> float:
-    """Tokens/s of the matrix products alone at the device's peak: forward and the gradient of the activations, 2 FLOP a
-    weight each; nothing computed twice, no gradient of the frozen weights, attention (below 1% at these lengths) left out.
+    """Tokens/s of the matrix products alone at the device's peak.
+
+    Forward and the gradient of the activations, 2 FLOP a weight each, the head on every token; nothing computed twice,
+    no gradient of the frozen weights; attention, below 1% at these lengths, and the adapter are left out.
     """
     return setup.flops / (4 * (setup.shape.body + setup.shape.head))
 
@@ -59,9 +62,9 @@ def limit(setup: Setup) -> float:
 # ---- the sides ----
 
 
-def ours(setup: Setup, model: PreTrainedModel, rows: list[dict]) -> None:
+def ours(setup: Setup, model: PreTrainedModel, rows: list[dict], sft: Sft) -> None:
     with TemporaryDirectory() as folder:
-        trained, _ = finetune(model, setup.tokenizer, setup.template, rows, settings(), Path(folder) / "scratch",
+        trained, _ = finetune(model, setup.tokenizer, setup.template, rows, sft, Path(folder) / "scratch",
                               Path(folder) / "live")
     trained.unload()  # the next pass starts from the same base
 
@@ -78,11 +81,13 @@ def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], micro_batch: int
     if not checkpointing:
         model.gradient_checkpointing_disable()
     encoded = [training_ids(setup.tokenizer, setup.template, row) for row in rows]
-    dataset = Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
+    ids, masks = zip(*encoded, strict=True)
+    dataset = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
     with TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=micro_batch, gradient_accumulation_steps=BATCH // micro_batch,
-            gradient_checkpointing=checkpointing, learning_rate=5e-5, max_grad_norm=1e9, completion_only_loss=True,
+            output_dir=folder, per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=BATCH // micro_batch, gradient_checkpointing=checkpointing,
+            learning_rate=5e-5, max_grad_norm=1e9, completion_only_loss=True,
             max_length=None, bf16=setup.dtype == torch.bfloat16, use_cpu=not setup.cuda, num_train_epochs=1,
             optim="paged_adamw_8bit" if setup.cuda else "adamw_torch", logging_steps=1, save_strategy="no", seed=0,
             report_to="none", dataloader_pin_memory=setup.cuda)
@@ -98,7 +103,7 @@ def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], micro_batch: int
 
 
 def make_rows(setup: Setup, count: int) -> list[dict]:
-    """Prepared rows whose prompts and solutions have the stored lengths, to a few tokens: pieces of the built-in problems."""
+    """Prepared rows: pieces of the built-in problems, prompts and solutions of the stored lengths to a few tokens."""
     problems = generate("train", 200, seed=0)
     text = setup.tokenizer.encode(" ".join(f"{each['question']} {each['answer']}" for each in problems),
                                   add_special_tokens=False)
@@ -144,7 +149,8 @@ def run(setup: Setup, train: Train, rows: list[dict]) -> Pass:
     last = max(clock.times)
     given = sum(len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows)
     if clock.tokens[last] != given:
-        raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; padding must not count")
+        raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; "
+                         "padding must not count")
     return Pass(given - clock.tokens[first], clock.times[last] - clock.times[first], clock.times[first] - started)
 
 
@@ -172,4 +178,5 @@ def gates(setup: Setup, own: Train, accumulated: Train) -> list[Gate]:
     found, expected = seen
     loss, gradient = TOLERANCE[setup.dtype]
     return [Gate("loss against 1 x 8, relative", abs(found.loss - expected.loss) / abs(expected.loss), loss),
-            Gate("gradients against 1 x 8, relative norm", relative_error(found.gradients, expected.gradients), gradient)]
+            Gate("gradients against 1 x 8, relative norm", relative_error(found.gradients, expected.gradients),
+                 gradient)]

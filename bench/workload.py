@@ -66,11 +66,11 @@ def shape_of(folder: Path) -> Shape:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linear = {name: each.weight.numel() for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    linear = [each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear)]
     head = model.get_output_embeddings().weight.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(sum(linear.values()) - head, head, 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim,
-                 config.vocab_size)
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return Shape(sum(linear) - head, head, kv, config.vocab_size)
 
 
 # ---- models ----

@@ -41,7 +41,8 @@ def clock(monkeypatch):
 
 
 def stage(clock, *gates, limit=None):
-    sides = [clock.side("looper", [9.0, 2.0, 4.0, 3.0], setup=0.5), clock.side("B1: plain", [13.0, 10.0, 30.0, 12.0], 24)]
+    sides = [clock.side("looper", [9.0, 2.0, 4.0, 3.0], setup=0.5),
+             clock.side("B1: plain", [13.0, 10.0, 30.0, 12.0], 24)]
     return Stage("sft", sides, lambda: list(gates), limit)
 
 

@@ -1,4 +1,4 @@
-"""The real sides on the tiny model in float32: their gates hold, and fail where a result is another; tokens without padding."""
+"""The real sides on the tiny model in float32: their gates hold, and fail where a result is another."""
 
 from dataclasses import replace
 from statistics import mean
@@ -44,7 +44,8 @@ def test_equal_adapters_on_equal_bases(setup):
     first, second = (with_adapter(load(setup, quantised=True)) for _ in range(2))
     weights = [{name: each for name, each in model.named_parameters() if "lora_" in name} for model in (first, second)]
     assert weights[0].keys() == weights[1].keys() and len(weights[0]) == 28
-    assert all(torch.equal(weights[0][name], weights[1][name]) and weights[0][name].abs().max() > 0 for name in weights[0])
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]) and weight.abs().max() > 0
     ids = torch.tensor([random_ids(setup, 20, "a")])
     with torch.no_grad():
         unmerged, together = first.eval()(ids).logits, merged(setup)(ids).logits
@@ -83,7 +84,7 @@ def test_sft_refuses_a_count_that_is_not_the_rows(setup):
     rows = sft.make_rows(setup, 32)
     model = load(setup, quantised=True)
     with pytest.raises(ValueError, match="padding must not count"):
-        sft.run(setup, lambda _: sft.ours(setup, model, rows[:24]), rows)
+        sft.run(setup, lambda _: sft.ours(setup, model, rows[:24], sft.settings()), rows)
 
 
 def test_the_sft_gate_sees_another_loss(setup, monkeypatch):
