@@ -10,6 +10,7 @@ from regime_w.answers import (
     flexible_extract,
     harness_match,
     is_formatted,
+    is_unclosed,
     split_reasoning,
     strict_match,
 )
@@ -32,7 +33,7 @@ def judge(row: dict[str, Any], text: str, num_tokens: int, truncated: bool) -> d
         "id": row["id"], "question": row["question"], "gold_answer": row["gold_answer"],
         "full_text": text, "reasoning": split_reasoning(text)[0], "answer": answer,
         "correct": answers_match(answer, row["gold_answer"]),
-        "num_tokens": num_tokens, "truncated": truncated or text.rfind("<think>") > text.rfind("</think>"),
+        "num_tokens": num_tokens, "truncated": truncated or is_unclosed(text),
     }
 
 

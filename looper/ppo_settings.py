@@ -7,9 +7,11 @@ from typing import Literal
 _PYDANTIC = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise ValueError(text)
+def _require(*conditions: tuple[bool, str]) -> None:
+    """Raises ValueError with the text of each condition that does not hold, one a line."""
+    problems = [text for holds, text in conditions if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class KLSettings:
     __pydantic_config__ = _PYDANTIC
 
     def __post_init__(self) -> None:
-        _require(self.initial >= 0, f"kl.initial must be 0 (no penalty) or more, found {self.initial}")
-        _require(self.target > 0, f"kl.target must be positive (nats a sequence), found {self.target}")
-        _require(self.horizon is None or self.horizon > 0,
-                 f"kl.horizon must be positive (samples), or null for a fixed beta, found {self.horizon}")
-        _require(self.estimator in ("k1", "k3"), f"kl.estimator must be k1 or k3, found {self.estimator!r}")
-        _require(self.stop_multiple is None or self.stop_multiple > 1,
-                 f"kl.stop_multiple must be above 1 (or null: never stop), found {self.stop_multiple}")
+        _require(
+            (self.initial >= 0, f"kl.initial must be 0 (no penalty) or more, found {self.initial}"),
+            (self.target > 0, f"kl.target must be positive (nats a sequence), found {self.target}"),
+            (self.horizon is None or self.horizon > 0,
+             f"kl.horizon must be positive (samples), or null for a fixed beta, found {self.horizon}"),
+            (self.estimator in ("k1", "k3"), f"kl.estimator must be k1 or k3, found {self.estimator!r}"),
+            (self.stop_multiple is None or self.stop_multiple > 1,
+             f"kl.stop_multiple must be above 1 (or null: never stop), found {self.stop_multiple}"))
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,17 @@ class PPOSettings:
     __pydantic_config__ = _PYDANTIC
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "epochs", "max_grad_norm",
-                     "clip_high", "value_clip", "importance_cap", "save_steps"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
-        _require(self.batch_size % self.mini_batch_size == 0,
-                 f"batch_size {self.batch_size} must be a multiple of mini_batch_size {self.mini_batch_size}")
-        _require(0 < self.clip_low < 1, f"clip_low must lie between 0 and 1, as a ratio does, found {self.clip_low}")
-        _require(self.value_coef >= 0, f"value_coef must be 0 or more, found {self.value_coef}")
-        for name in ("gamma", "lam"):
-            _require(0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")
-        _require(self.credit in ("question", "arm"), f"credit must be question or arm, found {self.credit!r}")
-        _require(self.off_policy in ("none", "truncated_is"),
-                 f"off_policy must be none or truncated_is, found {self.off_policy!r}")
-        _require(self.seed >= 0, f"seed must be 0 or more, found {self.seed}")
+        positive = ("learning_rate", "batch_size", "mini_batch_size", "ppo_epochs", "epochs", "max_grad_norm",
+                    "clip_high", "value_clip", "importance_cap", "save_steps")
+        _require(
+            *((getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}") for name in positive),
+            (self.mini_batch_size <= 0 or self.batch_size % self.mini_batch_size == 0,
+             f"batch_size {self.batch_size} must be a multiple of mini_batch_size {self.mini_batch_size}"),
+            (0 < self.clip_low < 1, f"clip_low must lie between 0 and 1, as a ratio does, found {self.clip_low}"),
+            (self.value_coef >= 0, f"value_coef must be 0 or more, found {self.value_coef}"),
+            *((0 <= getattr(self, name) <= 1, f"{name} must lie in [0, 1], found {getattr(self, name)}")
+              for name in ("gamma", "lam")),
+            (self.credit in ("question", "arm"), f"credit must be question or arm, found {self.credit!r}"),
+            (self.off_policy in ("none", "truncated_is"),
+             f"off_policy must be none or truncated_is, found {self.off_policy!r}"),
+            (self.seed >= 0, f"seed must be 0 or more, found {self.seed}"))

@@ -62,6 +62,11 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
+def is_unclosed(text: str) -> bool:
+    """Whether a `<think>` is open at the end: the text was cut short, whatever ended it, and has no answer."""
+    return text.rfind(OPEN) > text.rfind(CLOSE)
+
+
 def is_formatted(text: str) -> bool:
     """Whether the text gives its answer as asked: a `####` with a number, after any think block."""
     return _after_marker(_think_block(text)[1]) is not None
@@ -135,8 +140,8 @@ def _harness_form(text: str) -> str:
 
 
 def _think_block(text: str) -> tuple[str, str]:
-    closed, opened = text.rfind(CLOSE), text.rfind(OPEN)
-    if opened > closed:
+    closed = text.rfind(CLOSE)
+    if is_unclosed(text):
         return text.replace(OPEN, "").replace(CLOSE, "").strip(), ""
     if closed < 0:
         return "", text

@@ -6,11 +6,6 @@ from typing import Literal, get_args
 CF = Literal["counterfactual", "placeholder", "chsh"]
 
 
-def _require(holds: bool, text: str) -> None:
-    if not holds:
-        raise ValueError(text)
-
-
 @dataclass(frozen=True)
 class ScoreSettings:
     """Regime W's weights and choices; the defaults are the definition (design.md, section 5). Lengths are in tokens.
@@ -41,15 +36,18 @@ class ScoreSettings:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # how pydantic reads this class
 
     def __post_init__(self) -> None:
-        _require(self.cf in get_args(CF), f"cf must be one of {', '.join(get_args(CF))}, found {self.cf!r}")
-        _require(0 <= self.cf_placeholder <= 1, f"cf_placeholder must lie in [0, 1], found {self.cf_placeholder}")
         weights = {"weight_end": self.weight_end, "weight_path": self.weight_path, "weight_cf": self.weight_cf}
-        for name, weight in weights.items():
-            _require(weight >= 0, f"{name} must be 0 or more, found {weight}")
-        _require(sum(weights.values()) > 0, f"one of {', '.join(weights)} must be above 0, found all 0")
-        _require(self.reward_correct > self.reward_wrong,
-                 f"reward_correct must be above reward_wrong, found {self.reward_correct} and {self.reward_wrong}")
-        for name in ("coherence_weight", "length_penalty", "free_length"):
-            _require(getattr(self, name) >= 0, f"{name} must be 0 or more, found {getattr(self, name)}")
-        _require(self.resamples >= 100, f"resamples must be 100 or more for a 95% interval, found {self.resamples}")
-        _require(self.seed >= 0, f"seed must be 0 or more, found {self.seed}")
+        not_negative = ("coherence_weight", "length_penalty", "free_length", "seed")
+        problems = [text for holds, text in (
+            (self.cf in get_args(CF), f"cf must be one of {', '.join(get_args(CF))}, found {self.cf!r}"),
+            (0 <= self.cf_placeholder <= 1, f"cf_placeholder must lie in [0, 1], found {self.cf_placeholder}"),
+            *((value >= 0, f"{name} must be 0 or more, found {value}") for name, value in weights.items()),
+            (any(weights.values()), f"one of {', '.join(weights)} must be above 0, found all 0"),
+            (self.reward_correct > self.reward_wrong,
+             f"reward_correct must be above reward_wrong, found {self.reward_correct} and {self.reward_wrong}"),
+            *((getattr(self, name) >= 0, f"{name} must be 0 or more, found {getattr(self, name)}")
+              for name in not_negative),
+            (self.resamples >= 100, f"resamples must be 100 or more for a 95% interval, found {self.resamples}"),
+        ) if not holds]
+        if problems:
+            raise ValueError("\n".join(problems))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from regime_w import answers
 from regime_w.answers import (answers_match, canonical, canonical_answer, extract_answer, flexible_extract,
     harness_match,
-                              is_formatted, parse_number, split_reasoning, strict_match)
+                              is_formatted, is_unclosed, parse_number, split_reasoning, strict_match)
 
 
 @pytest.mark.parametrize(("text", "number"), [
@@ -164,3 +164,11 @@ def test_harness_filters(text: str, strict: str, flexible: str) -> None:
 ])
 def test_harness_match(extracted: str, gold: str, match: bool) -> None:
     assert harness_match(extracted, gold) is match
+
+
+@pytest.mark.parametrize(("text", "unclosed"), [
+    ("", False), ("#### 7", False), ("<think>", True), ("</think>", False), ("<think>a</think>7", False),
+    ("a</think><think>b", True), ("<think>a<think>b</think>", False),
+])
+def test_whether_a_think_block_is_left_open(text: str, unclosed: bool) -> None:
+    assert is_unclosed(text) is unclosed

@@ -29,3 +29,13 @@ def test_the_limits_themselves_are_possible() -> None:
     ScoreSettings(cf_placeholder=0.0, weight_end=0.0, weight_path=0.0, coherence_weight=0.0, length_penalty=0.0,
                   free_length=0, resamples=100, seed=0)
     ScoreSettings(cf_placeholder=1.0)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        ScoreSettings(cf="bell", weight_cf=-1.0, reward_wrong=2.0, seed=-1)
+    assert str(caught.value).splitlines() == [
+        "cf must be one of counterfactual, placeholder, chsh, found 'bell'",
+        "weight_cf must be 0 or more, found -1.0",
+        "reward_correct must be above reward_wrong, found 1.0 and 2.0",
+        "seed must be 0 or more, found -1"]
