@@ -155,7 +155,10 @@ class Round(Section):
 
 
 class Rollouts(Section):
+    """allocation: uniform (every arm answers every question once) or thompson (arms that were right more often do)."""
+
     questions: Positive
+    allocation: Literal["uniform", "thompson"]
     max_new_tokens: Positive
     batch_size: Positive
     seed: Seed
@@ -235,7 +238,7 @@ def check(content: object, where: str) -> Params:
         # As JSON, where strict pydantic still reads an object into a dataclass (the settings of regime_w know no pydantic)
         return Params.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        lines = [f"  {_path(each['loc'])}: {_text(each)}" for each in error.errors()]
+        lines = [f"  {_path(each['loc'])}: {text}" for each in error.errors() for text in _text(each).splitlines()]
         raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
 
 

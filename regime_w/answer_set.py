@@ -66,8 +66,13 @@ class AnswerSet(NamedTuple):
     def _s_path(self, settings: ScoreSettings) -> float:
         return s_path_within_style(self.lengths, self.styles) if settings.path_within_style else s_path(self.lengths)
 
+    def takes_placeholder(self, settings: ScoreSettings) -> bool:
+        """Whether s_cf is the constant: by choice, without a counterfactual, or for CHSH without an arm of a style."""
+        return (settings.cf == "placeholder" or self.cf_answers is None
+                or settings.cf == "chsh" and not set(PARTIES) <= set(self.styles))
+
     def _s_cf(self, settings: ScoreSettings) -> float:
-        if settings.cf == "placeholder" or self.cf_answers is None:
+        if self.takes_placeholder(settings):
             return settings.cf_placeholder
         if settings.cf == "chsh":
             return s_cf_chsh(*self.outcomes())

@@ -35,3 +35,8 @@ ARMS: tuple[Arm, ...] = (
     Arm("maudlin-0.4", "maudlin", 0.4, MAUDLIN),
     Arm("maudlin-0.5", "maudlin", 0.5, MAUDLIN),
 )
+
+
+def arm_of(output: dict) -> str:
+    """The name of the arm that gave an output: its `arm` where an arm answers more than once, else its `name`."""
+    return output.get("arm", output["name"])

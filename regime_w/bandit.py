@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from regime_w.arms import arm_of
+
 Allocation = Literal["uniform", "thompson", "ucb1"]
 PROPENSITY_DRAWS = 200
 FLOOR = 0.2  # this share of the choices is spread evenly over the arms
@@ -79,8 +81,8 @@ def posteriors_of(rows: Iterable[dict], names: Sequence[str]) -> list[Posterior]
     counts = {name: [0, 0] for name in names}
     for row in rows:
         for output in row["arm_outputs"]:
-            if output["name"] in counts:
-                counts[output["name"]][0 if output["correct"] else 1] += 1
+            if (name := arm_of(output)) in counts:
+                counts[name][0 if output["correct"] else 1] += 1
     return [Posterior(*counts[name]) for name in names]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from regime_w.answer_set import AnswerSet
+from regime_w.arms import arm_of
 from regime_w.chsh import chsh_summary
 from regime_w.scoring import leading_answers
 from regime_w.settings import ScoreSettings
@@ -43,16 +44,15 @@ class ScoreMetrics:
         self.majority_right += (right in leading) / max(1, len(leading))
         self.with_signal += any(output["advantage"] for output in outputs)
         for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
-            tally = self.arms[output["name"]]
-            tally.questions += 1
+            tally = self.arms[arm_of(output)]
+            tally.answers += 1
             tally.right += correct
             tally.tokens += length
             tally.in_majority += answer in leading
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
         if len(self.pending) == BATCH:
             self._fold()
-        if self.settings.cf == "placeholder" or arms.cf_answers is None:
-            self.placeholders += 1
+        self.placeholders += arms.takes_placeholder(self.settings)
         if arms.cf_answers is not None:
             self.counterfactual.add(arms)
             first, second = arms.outcomes()
@@ -83,17 +83,17 @@ class ScoreMetrics:
 
 
 class ArmTally:
-    """One arm over all questions."""
+    """One arm over all its answers."""
 
     def __init__(self) -> None:
-        self.questions = self.right = self.tokens = self.in_majority = 0
+        self.answers = self.right = self.tokens = self.in_majority = 0
 
     def metrics(self, seed: int) -> dict[str, float]:
-        low, high = beta_interval(self.right, self.questions - self.right, seed)
+        low, high = beta_interval(self.right, self.answers - self.right, seed)
         return {
-            "accuracy": self.right / self.questions, "mean_length": self.tokens / self.questions,
-            "majority_share": self.in_majority / self.questions,
-            "posterior_mean": (self.right + 1) / (self.questions + 2), "posterior_low": low, "posterior_high": high,
+            "answers": self.answers, "accuracy": self.right / self.answers, "mean_length": self.tokens / self.answers,
+            "majority_share": self.in_majority / self.answers,
+            "posterior_mean": (self.right + 1) / (self.answers + 2), "posterior_low": low, "posterior_high": high,
         }
 
 

@@ -63,6 +63,8 @@ def check_row(row: Any) -> None:
         where = ("arm_outputs", i)
         _field(output, where, "name", str)
         _field(output, where, "style", str)
+        if "arm" in output:
+            _field(output, where, "arm", str)
         _field(output, where, "answer", str, optional=True)
         if _field(output, where, "num_tokens", int) < 0:
             _fail(_path(where, "num_tokens"), output["num_tokens"], "0 or more (tokens)")

@@ -94,6 +94,7 @@ def test_all_errors_come_at_once_each_with_its_path():
     ({"model__quantization": "nf4", "model__dtype": "float32"},
      "  model: quantization nf4 computes in bfloat16: set dtype to bfloat16, or quantization to none"),
     ({"score__weight_end": -1}, "  score: weight_end must be 0 or more, found -1.0"),
+    ({"rollouts__allocation": "ucb1"}, "  rollouts.allocation: Input should be 'uniform' or 'thompson', found 'ucb1'"),
     ({"ppo__batch_size": 8, "ppo__mini_batch_size": 3}, "  ppo: batch_size 8 must be a multiple of mini_batch_size 3"),
 ])
 def test_what_each_mistake_gets(changes, message):
@@ -102,12 +103,27 @@ def test_what_each_mistake_gets(changes, message):
     assert rest[0] == message
 
 
+def test_all_that_is_wrong_in_a_section_is_said_at_once():
+    assert errors(score__weight_end=-1.0, score__seed=-1, ppo__gamma=1.5, ppo__mini_batch_size=0) == [
+        "params.yaml has 4 error(s); nothing was run",
+        "  score: weight_end must be 0 or more, found -1.0",
+        "  score: seed must be 0 or more, found -1",
+        "  ppo: mini_batch_size must be positive, found 0",
+        "  ppo: gamma must lie in [0, 1], found 1.5",
+    ]
+    assert errors(ppo__kl__target=0.0, ppo__kl__stop_multiple=1.0)[1:] == [
+        "  ppo.kl: kl.target must be positive (nats a sequence), found 0.0",
+        "  ppo.kl: kl.stop_multiple must be above 1 (or null: never stop), found 1.0",
+    ]
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("", "the file: Input should be an object, found None"),
     ("- 1", r"the file: Input should be an object, found \[1\]"),
     ("sft: {", "not YAML; mend it: "),
     ("sft: \xff", "not YAML; mend it: "),
 ])
+
 def test_a_file_that_holds_no_settings(tmp_path, text, message):
     (tmp_path / "params.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):

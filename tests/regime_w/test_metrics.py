@@ -43,6 +43,7 @@ def test_accuracies_by_hand() -> None:
 def test_arms_by_hand() -> None:
     found = metrics_of(rows())["arms"]
     assert list(found) == ["a", "b", "c"]
+    assert [each["answers"] for each in found.values()] == [3, 3, 3]
     assert found["a"]["accuracy"] == pytest.approx(2 / 3, abs=1e-6)
     assert [each["mean_length"] for each in found.values()] == [50, pytest.approx(170 / 3, abs=1e-6),
         pytest.approx(190 / 3, abs=1e-6)]

@@ -204,3 +204,32 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
     peak(50)  # fills caches
     assert peak(600) - peak(100) < 150_000  # bytes; 500 rows themselves take some 3 million
+
+
+@pytest.mark.parametrize(("cf", "expected", "placeholders"), [("chsh", 0.25, 1.0), ("counterfactual", 1.0, 0.0)])
+def test_chsh_of_a_row_without_one_of_the_styles_is_the_placeholder(cf: str, expected: float, placeholders: float) -> None:
+    """As Thompson sampling can draw it; all arms are right on both versions."""
+    output = {"style": "wolfram", "answer": "7", "num_tokens": 9, "counterfactual": {"answer": "8"}}
+    row = {"id": "x", "gold_answer": "7", "counterfactual": {"gold_answer": "8"},
+           "arm_outputs": [{**output, "name": f"wolfram-0.2#{i}", "arm": "wolfram-0.2"} for i in range(3)]}
+    rows, metrics = score_rows([row], ScoreSettings(cf=cf, cf_placeholder=0.25, resamples=100))
+    assert [scored["s_cf"] for scored in rows] == [expected]
+    found = metrics.metrics()
+    assert found["counterfactual"]["placeholder_share"] == placeholders and found["chsh"]["questions"] == 0
+    assert list(found["arms"]) == ["wolfram-0.2"] and found["arms"]["wolfram-0.2"]["answers"] == 3
+
+
+def test_unequal_styles_are_scored_style_by_style() -> None:
+    lengths, styles = [10, 10, 30, 100], ["wolfram", "wolfram", "wolfram", "maudlin"]
+    output = {"answer": "7", "counterfactual": None}
+    row = {"id": "x", "gold_answer": "7", "counterfactual": None, "arm_outputs": [
+        {**output, "name": str(i), "style": style, "num_tokens": length}
+        for i, (style, length) in enumerate(zip(styles, lengths, strict=True))]}
+    # (50² / (3·1100) + 1) / 2
+    assert score_row(row, ScoreSettings(path_within_style=True))["s_path"] == pytest.approx((2500 / 3300 + 1) / 2)
+
+
+def test_the_arm_of_an_output_is_a_string() -> None:
+    output = {"name": "a#2", "arm": 2, "style": "wolfram", "answer": "7", "num_tokens": 9}
+    with pytest.raises(ValueError, match=r"field 'arm_outputs\[0\].arm' must be a string, found 2"):
+        score_row({"id": "x", "gold_answer": "7", "counterfactual": None, "arm_outputs": [output]})
