@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from looper.files import write_text
 from looper.report_plots import Bar, bars, read_curve, training_curves
-from looper.report_regime_w import credit_block, regime_w_blocks
+from looper.report_regime_w import regime_w_blocks, rollout_blocks
 from looper.report_robustness import robustness_block
 from looper.statistics import detectable_difference, mcnemar, paired_bootstrap
 from regime_w.answers import answers_match, is_formatted
@@ -207,13 +207,13 @@ def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, 
     figures are missing; nothing is written then.
     """
     read = [read_curve(title, file, _colour(title)) for title, file in curves]
-    credit = credit_block(rollouts)
+    credit, replayed = rollout_blocks(rollouts)
     robustness = robustness_block({**metrics["dev"], **metrics["dev_ppo"]}, MODELS)
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         summary=summary, models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
         accuracy_figure=_accuracy_figure(summary), gain_figure=_gain_figure(summary),
         curves_figure=training_curves("training", "Training curves of SFT and PPO", read) if read else "",
-        regime_w_blocks=regime_w_blocks(regime_w), credit=credit, robustness=robustness,
+        regime_w_blocks=regime_w_blocks(regime_w) + replayed, credit=credit, robustness=robustness,
         agreement=_agreement(predictions), groups=_groups(predictions),
         metrics={name: _flat(content) for name, content in metrics.items()})
     write_text(path, page)

@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 from looper.report_plots import Bar, bars, histograms
 from looper.statistics import wilson
+from regime_w.arms import arm_of
+from regime_w.bandit import replay
 
 COMPONENTS = ("reward", "s_end", "s_path", "s_cf", "s_wm")
 
@@ -55,8 +57,8 @@ def _together(figures: Figures) -> Block:
 
 
 def _arms(figures: Figures) -> Block:
-    n, arms = figures("questions"), figures("arms")
-    rows = [_share_bar(name, figures("arms", name, "accuracy"), n) for name in arms]
+    arms = figures("arms")
+    rows = [_share_bar(name, figures("arms", name, "accuracy"), figures("arms", name, "answers")) for name in arms]
     best, worst = max(rows, key=lambda row: row.value), min(rows, key=lambda row: row.value)
     apart = "lie apart" if best.low > worst.high else "overlap, so that these rollouts hardly tell the two apart"
     sentence = (
@@ -160,6 +162,45 @@ class Credit(NamedTuple):
     wrong_reinforced: float
     right_discouraged: float
     silent: float
+
+
+def rollout_blocks(rollouts: Iterable[dict[str, Any]]) -> tuple[Block, list[Block]]:
+    """(credit_block, Regime W's further pieces) of scored rollouts, which are read once; the pieces come where every
+    arm answered every question. Raises ValueError if there are no rollouts, or one lacks what scoring writes."""
+    kept = [{"reward": row["reward"], "arm_outputs": [
+        {"name": output["name"], "arm": arm_of(output), "correct": output["correct"], "advantage": output["advantage"]}
+        for output in row["arm_outputs"]]} for row in rollouts]  # token ids and texts stay behind
+    credit = credit_block(kept)
+    arms = kept and [output["name"] for output in kept[0]["arm_outputs"]]
+    full = all([output["name"] for output in row["arm_outputs"]] == arms for row in kept)
+    return credit, [bandit_block(kept)] if full else []
+
+
+def bandit_block(rollouts: Sequence[dict[str, Any]]) -> Block:
+    """What Thompson sampling and UCB1 would have earned, one arm a question. All rows hold the same arms."""
+    report = replay(rollouts)
+    n, best = report["questions"], report["best_arm"]
+    found = {"Uniform": report["uniform_expected"], "Thompson sampling": report["thompson"], "UCB1": report["ucb1"]}
+    gains = {name: report[name]["gain_over_uniform"] for name in ("thompson", "ucb1")}
+    noise = _two_standard_errors(rollouts)
+    verdict = ("more than that noise: the arms differ enough for a bandit to learn which to ask"
+               if max(gains.values()) > noise else
+               "no more than that noise: on these questions uniform allocation loses nothing that can be shown")
+    sentence = (
+        f"Had one arm answered each of the {n:,} questions, the best single arm, known only afterwards, would be "
+        f"{best['name']} with {_percent(best['accuracy'])}; regret is how many right answers an allocation falls short "
+        f"of it. Against uniform, Thompson sampling earns {gains['thompson']:+.1f} right answers and UCB1 "
+        f"{gains['ucb1']:+.1f} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors of "
+        f"one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
+    rows = [[label, _percent(each["accuracy"]), f"{each['regret']:.1f}"] for label, each in found.items()]
+    rows.append([f"Best single arm ({best['name']})", _percent(best["accuracy"]), f"{0:.1f}"])
+    return Block("Arms as bandits", sentence, table_html(["Allocation", "Accuracy", "Regret, right answers"], rows))
+
+
+def _two_standard_errors(rollouts: Sequence[dict[str, Any]]) -> float:
+    """Of the right answers of a uniform run with one random arm a question: noise, which a gain must exceed."""
+    shares = np.array([np.mean([output["correct"] for output in row["arm_outputs"]]) for row in rollouts])
+    return 2 * float(np.sqrt(np.sum(shares * (1 - shares))))
 
 
 def credit_block(rollouts: Iterable[dict[str, Any]]) -> Block:

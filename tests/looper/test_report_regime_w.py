@@ -1,0 +1,44 @@
+"""The report's block on bandits, from scored rollouts."""
+
+import pytest
+
+from looper.report_regime_w import bandit_block, rollout_blocks
+from regime_w.bandit import replay
+
+
+def rollouts(*patterns: str, arms: str = "abcd") -> list[dict]:
+    """One scored row a pattern: '1000' is right by the first arm alone."""
+    return [{"reward": 1.0, "arm_outputs": [{"name": name, "correct": right == "1", "advantage": 0.0, "token_ids": [1]}
+                                            for name, right in zip(arms, pattern, strict=True)]} for pattern in patterns]
+
+
+def test_a_bandit_finds_the_one_good_arm():
+    rows = rollouts(*["0010"] * 200)
+    block = bandit_block(rows)
+    report = replay(rows)
+    # uniform: a quarter of 200 right, 150 short of the arm that is always right; noise 2·√(200·¼·¾) = 12.2
+    cells = [["Uniform", "25.0%", "150.0"],
+             *([label, f"{100 * report[key]['accuracy']:.1f}%", f"{report[key]['regret']:.1f}"]
+               for label, key in (("Thompson sampling", "thompson"), ("UCB1", "ucb1"))),
+             ["Best single arm (c)", "100.0%", "0.0"]]
+    for first, *others in cells:
+        assert f'<th scope="row">{first}</th>{"".join(f"<td>{text}</td>" for text in others)}' in block.body
+    assert "Had one arm answered each of the 200 questions" in block.sentence and "c with 100.0%" in block.sentence
+    assert f"Thompson sampling earns {report['thompson']['gain_over_uniform']:+.1f} right answers" in block.sentence
+    assert f"UCB1 {report['ucb1']['gain_over_uniform']:+.1f} (20% of their choices" in block.sentence
+    assert "two standard errors of one uniform run are 12.2." in block.sentence
+    assert "earns more than that noise" in block.sentence and report["thompson"]["gain_over_uniform"] > 60
+
+
+def test_a_gain_within_the_noise_is_not_claimed():
+    block = bandit_block(rollouts(*["0100", "1011", "0101", "1010"] * 5))  # every arm right on half: nothing to learn
+    assert "earns no more than that noise" in block.sentence and "<td>50.0%</td>" in block.body
+
+
+def test_the_replay_needs_every_arm_in_every_row():
+    full = rollouts("10", "01", arms="ab")
+    credit, (block,) = rollout_blocks(iter(full))
+    assert credit.title == "Question credit and arm credit" and block.title == "Arms as bandits"
+    assert rollout_blocks(full + rollouts("10", arms="ac"))[1] == []  # as Thompson sampling leaves them
+    with pytest.raises(ValueError, match="no arm's answer; rerun the stages rollouts and score"):
+        rollout_blocks([])
