@@ -1,6 +1,7 @@
 """What every stage does around its work: `--help`, the hub switched off, errors as one clear text and exit 2."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,15 @@ from pathlib import Path
 # Nothing leaves the host: no telemetry of any library, no experiment pushed anywhere.
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "DVC_STUDIO_OFFLINE": "true"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+# What lowers a stage's need of GPU memory: first what leaves its result as it is.
+LESS_MEMORY = {
+    "sft": "lower sft.micro_batch or set sft.gradient_checkpointing: true (the updates stay the same)",
+    "targets": "lower sft.self.batch_size",
+    "rollouts": "lower rollouts.batch_size or rollouts.max_new_tokens",
+    "ppo": "set ppo.gradient_checkpointing: true (the updates stay the same) or lower ppo.mini_batch_size",
+    **dict.fromkeys(("dev_eval", "dev_ppo", "eval"), "lower eval.batch_size or eval.max_new_tokens"),
+}
 
 
 def run(main: Callable[..., None], doc: str, network: bool = False, arguments: tuple[str, ...] = ()) -> None:
@@ -34,6 +44,10 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
         if not _is_ours(error):
             raise  # a library's error is a bug of ours: its traceback is what helps
         sys.exit(_fail(f"{name}: {error}"))
+    except Exception as error:
+        if not (text := _out_of_memory(name, error)):
+            raise
+        sys.exit(_fail(text))
     print(f"{' '.join([name, *given])}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -43,6 +57,19 @@ def _is_ours(error: BaseException) -> bool:
     while frame.tb_next:
         frame = frame.tb_next
     return Path(frame.tb_frame.f_code.co_filename).resolve().parent.name in ("stages", "looper", "regime_w")
+
+
+def _out_of_memory(name: str, error: Exception) -> str | None:
+    """What to do about PyTorch's out-of-memory error; None for any other error. PyTorch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        return None
+    free, total = torch.cuda.mem_get_info()
+    has, held, left = (f"{size / 2**30:.1f} GiB" for size in (total, torch.cuda.memory_allocated(), free))
+    asked = re.search(r"Tried to allocate (\S+ \S+)\.", str(error))
+    return (f"{name}: the GPU's memory is too small for these settings: it has {has}; this stage holds {held} and asked for "
+            f"{asked[1] if asked else 'more'}, {left} were left (what else runs there counts too: nvidia-smi); "
+            f"{LESS_MEMORY.get(name, 'take a smaller base model')}, or run on a larger card")
 
 
 def _fail(text: str) -> int:

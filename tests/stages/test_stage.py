@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from looper import stage
+from looper.params import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
@@ -90,6 +91,45 @@ def test_a_librarys_error_keeps_its_traceback(monkeypatch, main):
     with pytest.raises((ValueError, KeyError)) as caught:
         stage.run(main, "doc")
     assert not isinstance(caught.value, SystemExit)
+
+
+@pytest.fixture
+def small_card(monkeypatch):
+    """A card of 24 GiB with 1.5 free, of which this process holds 21.25."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**29, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 85 * 2**28)
+    return torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB.")
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("sft", ["sft.micro_batch", "sft.gradient_checkpointing: true"]), ("targets", ["sft.self.batch_size"]),
+    ("rollouts", ["rollouts.batch_size"]), ("ppo", ["ppo.gradient_checkpointing: true", "ppo.mini_batch_size"]),
+    ("eval", ["eval.batch_size"]), ("dev_eval", ["eval.batch_size"]), ("dev_ppo", ["eval.batch_size"]),
+])
+def test_too_little_gpu_memory_says_what_is_there_and_which_setting_lowers_it(monkeypatch, capsys, small_card, name, settings):
+    def main():
+        raise small_card
+
+    monkeypatch.setattr(sys, "argv", [f"/x/stages/{name}.py"])
+    with pytest.raises(SystemExit) as end:
+        stage.run(main, "doc")
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and text.startswith(f"{name}: the GPU's memory is too small") and text.count("\n") == 1
+    assert "it has 24.0 GiB; this stage holds 21.2 GiB and asked for 2.00 GiB, 1.5 GiB were left" in text
+    for setting in settings:
+        assert setting in text
+        section = load_params(ROOT / "params.yaml").model_dump()
+        for key in setting.partition(":")[0].split("."):
+            section = section[key]
+
+
+def test_every_stage_that_loads_the_model_has_a_setting_for_less_memory():
+    texts = {name: (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in NAMES}
+    loading = {name for name, text in texts.items() if "load_base(" in text or "load_for_generation(" in text
+               or "load_trainable(" in text}
+    assert loading == set(stage.LESS_MEMORY) & set(NAMES) and len(loading) >= 6
 
 
 @pytest.mark.parametrize("network", [False, True])
