@@ -87,7 +87,7 @@ def test_platinum_undoes_changes_by_hand():
 def test_three_rounds_go_on_top_of_any_profile_and_change_nothing_else(name):
     below, above = (parse(text) for text in (apply(name, SAMPLE), apply(OVERLAY, apply(name, SAMPLE))))
     assert list(above["rounds"]) == ["1", "2", "3"] and above["final"] == "models/ppo_regime_w_3"
-    assert {key for key in below if below[key] != above[key]} == {"rounds", "final"}
+    assert {key for key in below if below[key] != above[key]} <= {"rounds", "final"}
     assert apply("sample", apply(OVERLAY, apply(name, SAMPLE))) == SAMPLE
 
 
