@@ -65,7 +65,7 @@ def robustness(original: Sequence[dict[str, Any]], changed: Sequence[dict[str, A
     """How much of the accuracy survives one number of the question being changed and the answer recomputed.
 
     original, changed: predictions rows of the same questions in the same order, as asked and as changed.
-    original, changed: shares right, with 95% Wilson intervals. gap: original − changed, with that of the paired bootstrap.
+    original, changed: shares right, with 95% Wilson intervals. gap: their difference, with that of the paired bootstrap.
     repeats_old_gold: share of the answers to the changed question that give the original's gold: recited, not computed.
     {"n": 0} if there are none.
     """
@@ -74,8 +74,8 @@ def robustness(original: Sequence[dict[str, Any]], changed: Sequence[dict[str, A
         return {"n": 0}
     before, after = ([row["correct"] for row in rows] for rows in (original, changed))
     repeats = sum(answers_match(new["answer"], old["gold_answer"]) for old, new in zip(original, changed, strict=True))
-    figures = {"original": wilson(sum(before), n), "changed": wilson(sum(after), n), "gap": paired_bootstrap(after, before)}
-    return {"n": n, **{name: _rounded(figure) for name, figure in figures.items()}, "repeats_old_gold": round(repeats / n, 6)}
+    return {"n": n, "original": _rounded(wilson(sum(before), n)), "changed": _rounded(wilson(sum(after), n)),
+            "gap": _rounded(paired_bootstrap(after, before)), "repeats_old_gold": round(repeats / n, 6)}
 
 
 def _rounded(figure: Interval) -> dict[str, float]:

@@ -143,7 +143,10 @@ class DevEval(Section):
 
 
 class Round(Section):
-    """One round of rollouts, score and ppo. start: the adapter that answers and is trained. suffix: of the files it writes."""
+    """One round of rollouts, score and ppo.
+
+    start: the adapter that answers and is trained. suffix: what the names of the round's files end in.
+    """
 
     start: str
     suffix: str = Field(pattern=r"^(_[0-9a-z]+)?$")
@@ -221,7 +224,7 @@ def load_params(path: Path = PARAMS) -> Params:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, and the floats that `dvc exp run -S` writes, as Python prints them: 1e-05. A hand-written 2e-4 stays text."""
+    """YAML 1.1, and the floats that `dvc exp run -S` writes, as Python prints them: 1e-05. A written 2e-4 stays text."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]e[-+][0-9]{2,}$"), list("-+0123456789"))
@@ -235,7 +238,7 @@ def parse(text: str | bytes) -> object:
 def check(content: object, where: str) -> Params:
     """The typed params of a parsed file; `where` names it in errors. Raises as `load_params` does."""
     try:
-        # As JSON, where strict pydantic still reads an object into a dataclass (the settings of regime_w know no pydantic)
+        # As JSON, where strict pydantic still reads an object into a dataclass: regime_w's settings know no pydantic
         return Params.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         lines = [f"  {_path(each['loc'])}: {text}" for each in error.errors() for text in _text(each).splitlines()]

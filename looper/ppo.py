@@ -1,4 +1,4 @@
-"""Offline PPO as one library call: an SFT policy and scored rollouts in, an improved adapter out."""
+"""Offline PPO as one library call: a policy and scored rollouts in, an improved adapter out."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,7 +11,9 @@ from looper.ppo_math import selective_log_softmax
 
 
 class PolicyWithValue(nn.Module):
-    """A LoRA policy and one linear value head on its last hidden state (zero weights at first; the trainer sets its bias to the mean reward).
+    """A LoRA policy and one linear value head on its last hidden state.
+
+    The head's weights are zero at first; the trainer sets its bias to the mean reward.
 
     LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. The
     base computes in its own type (NF4 in bfloat16) and the adapter beside it in float32, without autocast: PEFT casts,

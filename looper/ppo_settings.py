@@ -16,7 +16,9 @@ def _require(*conditions: tuple[bool, str]) -> None:
 
 @dataclass(frozen=True)
 class KLSettings:
-    """How the policy is held near the reference, the SFT policy. KL is in nats a sequence (summed over its tokens).
+    """How the policy is held near the reference, the policy that the round starts from.
+
+    KL is in nats a sequence (summed over its tokens).
 
     initial: the first β, the penalty's weight.
     target: the KL that the controller steers to, and that `stop_multiple` multiplies.

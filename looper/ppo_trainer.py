@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class OfflinePPOTrainer(Trainer):
-    """PPO over stored responses. The policy must be the reference, the SFT policy, when this is made.
+    """PPO over stored responses. The policy as it comes in is the reference.
 
     folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.
     """

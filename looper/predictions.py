@@ -31,7 +31,8 @@ def dev_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temp
     """
     changed = {row["id"]: row for row in counterfactuals}
     pairs = [row for row in rows if row["id"] in changed]
-    answers = predict(model, tokenizer, template, rows + [changed[row["id"]] for row in pairs], settings, scratch, label)
+    asked_too = [changed[row["id"]] for row in pairs]
+    answers = predict(model, tokenizer, template, rows + asked_too, settings, scratch, label)
     asked = {answer["id"]: answer for answer in answers[:len(rows)]}
     original = [asked[row["id"]] for row in pairs]
     return {**evaluation_metrics(answers[:len(rows)]), "counterfactual": robustness(original, answers[len(rows):])}

@@ -20,8 +20,8 @@ from looper.params import PARAMS, check, parse
 
 PROFILES = Path("profiles")
 NULL = "tag:yaml.org,2002:null"
-# Their keys depend on `source`, or are the rounds, so a profile replaces them whole; in every other section it sets the keys
-# it names.
+# Their keys depend on `source`, or are the rounds, so a profile replaces them whole; in every other section it sets the
+# keys it names.
 WHOLE = ("base", "prepare", "rounds")
 
 
@@ -54,7 +54,7 @@ def apply(name: str, params: str) -> str:
             _merge(document[section], values)
     stream = io.StringIO()
     editor.dump(document, stream)
-    text = re.sub(r"(?<=\S) +(?=# )", " ", stream.getvalue())  # comments behind values keep no column of an earlier value
+    text = re.sub(r"(?<=\S) +(?=# )", " ", stream.getvalue())  # comments keep no column of an earlier value
     check(parse(text), f"params.yaml with profile {name}")
     return text
 
@@ -92,7 +92,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if not PARAMS.exists():
-            raise ValueError(f"{PARAMS} is not here; run from the repository's root, or bring it back: git checkout {PARAMS}")
+            raise ValueError(f"{PARAMS} is not here; run from the repository's root, or bring it back: "
+                             f"git checkout {PARAMS}")
         before = PARAMS.read_text(encoding="utf-8")
         after = apply(arguments.name, before)
     except ValueError as error:

@@ -22,17 +22,19 @@ def robustness_block(dev: Mapping[str, Mapping[str, Any]], labels: Mapping[str, 
     if n == 0:
         return Block(title, "None of the dev questions asked has a counterfactual.")
     sentence = (
-        f"On {n:,} dev questions that have a counterfactual: accuracy as asked, and with one number changed and the answer "
-        "recomputed. A model that calculates loses little; one that recites loses much, and repeats the old answer.")
+        f"On {n:,} dev questions that have a counterfactual: accuracy as asked, and with one number changed and the "
+        "answer recomputed. A model that calculates loses little; one that recites loses much, and repeats the old answer.")
     rows, cells = [], []
     for model, label in labels.items():
         for version, text in (("original", "as asked"), ("changed", "one number changed")):
-            rows.append(Bar(f"{label}, {text}", *(100 * found[model][version][end] for end in ("value", "low", "high")), model))
+            ends = (100 * found[model][version][end] for end in ("value", "low", "high"))
+            rows.append(Bar(f"{label}, {text}", *ends, model))
         gap = found[model]["gap"]
         cells.append([label, f"{100 * dev[model]['accuracy']['value']:.1f}", *(
             f"{100 * found[model][version]['value']:.1f}" for version in ("original", "changed")),
             f"{100 * gap['value']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})",
             f"{100 * found[model]['repeats_old_gold']:.1f}"])
     header = ["Model", "All dev questions asked, %", "As asked, %", "Changed, %", "Gap, points", "Old answer repeated, %"]
-    figure = bars("robustness", "Accuracy on dev questions as asked and with one number changed", rows, "% of the questions")
+    description = "Accuracy on dev questions as asked and with one number changed"
+    figure = bars("robustness", description, rows, "% of the questions")
     return Block(title, sentence, figure + table_html(header, cells))

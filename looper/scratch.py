@@ -25,8 +25,8 @@ SCRATCH = Path(".scratch")
 def scratch(stage: str) -> Iterator[Path]:
     """The scratch folder of `stage` (a name in dvc.yaml, such as "sft" or "eval@ppo").
 
-    It is kept when the block ends with an error and removed when the stage is done. The same inputs give the same folder;
-    folders of this stage for other inputs are removed at the start: nobody will go on with them.
+    It is kept when the block ends with an error and removed when the stage is done. The same inputs give the same
+    folder; folders of this stage for other inputs are removed at the start: nobody will go on with them.
     """
     folder = SCRATCH / f"{stage}-{inputs_hash(stage)}"
     for other in SCRATCH.glob(f"{stage}-*"):
@@ -38,10 +38,10 @@ def scratch(stage: str) -> Iterator[Path]:
 
 
 def last_checkpoint(scratch: Path) -> str | None:
-    """The newest of the Trainer's checkpoints in `scratch`/checkpoints that was written to its end; None if there is none."""
+    """The newest of the Trainer's checkpoints in `scratch`/checkpoints that was written to its end, or None."""
     def is_whole(checkpoint: Path) -> bool:
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes this one last
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
         except (OSError, ValueError):
             return False
         return True

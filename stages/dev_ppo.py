@@ -1,7 +1,7 @@
 """Stage dev_ppo: the last PPO policy on the questions of dev_eval: what settings are chosen by, before test is read.
 
-Reads models/base, the last round's adapter, data/dev.jsonl, data/counterfactuals.jsonl and the sections `model`, `eval`,
-`dev_eval` and `final`. Writes metrics/dev_ppo.json.
+Reads models/base, the last round's adapter, data/dev.jsonl, data/counterfactuals.jsonl and the sections `model`,
+`eval`, `dev_eval` and `final`. Writes metrics/dev_ppo.json.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ def main() -> None:
     counterfactuals = read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str, "gold_answer": str})
     model, tokenizer = load_for_generation(BASE, Path(params.final), params.model), load_tokenizer(BASE)
     with scratch("dev_ppo") as folder:
-        metrics = dev_metrics(model, tokenizer, TEMPLATES[params.model.template], rows, counterfactuals, params.eval, folder,
-                              "dev ppo")
+        template = TEMPLATES[params.model.template]
+        metrics = dev_metrics(model, tokenizer, template, rows, counterfactuals, params.eval, folder, "dev ppo")
         write_json(Path("metrics/dev_ppo.json"), {"ppo": metrics})
     print(f"dev accuracy of ppo: {metrics['accuracy']['value']:.1%}")
 

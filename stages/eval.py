@@ -31,7 +31,8 @@ def main(name: str, adapter: str) -> None:
     model = load_for_generation(BASE, None if name == "base" else Path(adapter), params.model)
     tokenizer = load_tokenizer(BASE)
     with scratch(f"eval@{name}") as folder:
-        predictions = predict(model, tokenizer, TEMPLATES[params.model.template], rows, params.eval, folder, f"test {name}")
+        template = TEMPLATES[params.model.template]
+        predictions = predict(model, tokenizer, template, rows, params.eval, folder, f"test {name}")
         write_jsonl(Path(f"data/predictions/{name}.jsonl"), predictions)
         write_json(Path(f"metrics/eval_{name}.json"), evaluation_metrics(predictions))
 

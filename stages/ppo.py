@@ -1,9 +1,9 @@
 """Stage ppo: offline PPO on the scored rollouts. The argument names the round: 1, 2, …
 
 Reads models/base, the adapter that the round starts from (the SFT adapter, then the round's before),
-data/regime_w_rollouts.jsonl and the sections `model`, `ppo` and `rounds`. Writes models/ppo_regime_w (adapter, card, value
-head), metrics/ppo.json and the live metrics in metrics/live/ppo; these names, and that of the rollouts, end in the round's
-suffix. A killed run goes on from its last checkpoint.
+data/regime_w_rollouts.jsonl and the sections `model`, `ppo` and `rounds`. Writes models/ppo_regime_w (adapter, card,
+value head), metrics/ppo.json and the live metrics in metrics/live/ppo; these names, and that of the rollouts, end in
+the round's suffix. A killed run goes on from its last checkpoint.
 """
 
 from dataclasses import asdict

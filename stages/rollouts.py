@@ -1,8 +1,8 @@
 """Stage rollouts: the eight arms answer train questions and their counterfactuals. The argument names the round: 1, 2, …
 
-Reads models/base, the adapter that the round starts from, data/train.jsonl, data/counterfactuals.jsonl and the sections
-`model`, `rollouts` and `rounds`. Writes data/rollouts.jsonl (with the round's suffix). A killed run goes on after its last
-finished chunk.
+Reads models/base, the adapter that the round starts from, data/train.jsonl, data/counterfactuals.jsonl and the
+sections `model`, `rollouts` and `rounds`. Writes data/rollouts.jsonl (with the round's suffix). A killed run goes on
+after its last finished chunk.
 """
 
 from pathlib import Path
@@ -24,10 +24,12 @@ def main(name: str) -> None:
     from looper.scratch import scratch
 
     rows = questions_of_round(read_jsonl(Path("data/train.jsonl"), ROW), params.rollouts.questions, int(name))
-    counterfactuals = {row["id"]: row for row in read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str})}
+    changed = read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str})
+    counterfactuals = {row["id"]: row for row in changed}
     model, tokenizer = load_for_generation(BASE, Path(this.start), params.model), load_tokenizer(BASE)
     with scratch(f"rollouts@{name}") as folder:
-        made = roll_out(model, tokenizer, TEMPLATES[params.model.template], rows, counterfactuals, params.rollouts, folder)
+        template = TEMPLATES[params.model.template]
+        made = roll_out(model, tokenizer, template, rows, counterfactuals, params.rollouts, folder)
         write_jsonl(Path(f"data/rollouts{this.suffix}.jsonl"), made)
 
 
