@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm import tqdm
@@ -23,6 +23,7 @@ class Pass(NamedTuple):
 
     tokens: int
     seconds: float
+    cpu: float  # processor seconds of this process: what compares where other work shares the processor
     setup: float = 0.0  # seconds before the clock started: trainer, first updates, compilation
 
 
@@ -62,6 +63,7 @@ class Measured(NamedTuple):
     name: str
     tokens: int
     seconds: float
+    cpu: float  # processor seconds
     rate: float  # tokens/s
     warm_up: float  # seconds of the first pass beyond the median: compilation, first allocations
     setup: float  # seconds in every pass before its clock starts
@@ -70,12 +72,11 @@ class Measured(NamedTuple):
 
 
 def timed(work: Callable[[], int]) -> Pass:
-    """Runs `work`, which returns its tokens, to the end of the device's queue."""
-    synchronize()
-    started = perf_counter()
+    """Runs `work`, which returns its tokens."""
+    begun = clocks()
     tokens = work()
-    synchronize()
-    return Pass(tokens, perf_counter() - started)
+    ended = clocks()
+    return Pass(tokens, ended.wall - begun.wall, ended.cpu - begun.cpu)
 
 
 def order(sides: int, passes: int = PASSES) -> list[int]:
@@ -108,7 +109,8 @@ def _medians(name: str, passes: list[Pass], peaks: list[float]) -> Measured:
     first, *rest = passes
     seconds = median(each.seconds for each in rest)
     setup = median(each.setup for each in rest)
-    return Measured(name, rest[0].tokens, seconds, median(each.tokens / each.seconds for each in rest),
+    return Measured(name, rest[0].tokens, seconds, median(each.cpu for each in rest),
+                    median(each.tokens / each.seconds for each in rest),
                     max(0.0, first.seconds + first.setup - seconds - setup), setup,
                     max(peaks[1:]) / GIB if _cuda() else None, rest)
 
@@ -142,11 +144,18 @@ def _best(work: Callable[[], object], times: int = 8) -> float:
     return min(timed(once).seconds for _ in range(times))
 
 
-def synchronize() -> None:
+class Clocks(NamedTuple):
+    wall: float  # seconds
+    cpu: float
+
+
+def clocks() -> Clocks:
+    """The time, once the device has done what it was given."""
     if _cuda():
         import torch
 
         torch.cuda.synchronize()
+    return Clocks(perf_counter(), process_time())
 
 
 def _cuda() -> bool:

@@ -1,13 +1,12 @@
 """SFT: this repository's `finetune` against TRL's SFTTrainer, on the same rows, weights, seed and effective batch of 8.
 
-Both sides are timed from the end of an update to the end of the last one: set-up, compilation and the first updates
+Both sides are timed from the start of an update to the end of the last one: set-up, compilation and the first updates
 stand apart. The gate compares loss and gradients of one update with those of 1 × 8 accumulation.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import torch
 from datasets import Dataset
@@ -15,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bench.measure import Gate, Pass, Side, Stage, synchronize
+from bench.measure import Gate, Pass, Side, Stage, clocks
 from bench.workload import LORA, Setup, gradients, lengths, load, relative_error, watching
 from looper.params import Sft, load_params
 from looper.prompts import training_ids
@@ -23,7 +22,7 @@ from looper.sample_problems import generate
 from looper.sft import finetune
 
 BATCH = 8  # rows an update, on every side
-WARM_UP = {"cuda": 2, "cpu": 1}  # updates at the start of every pass that are not measured
+WARM_UP = {"cuda": 2, "cpu": 0}  # updates at the start of every pass that are not measured
 B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and all of them would take minutes
 # Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows adds in another order.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
@@ -120,17 +119,19 @@ def make_rows(setup: Setup, count: int) -> list[dict]:
 
 
 class Clock(TrainerCallback):
-    """The time and the trained tokens at the end of the last warm-up update and of the last of all."""
+    """The clocks at the start of the first measured update and at the end of the last; the tokens after each update."""
 
     def __init__(self, warm_up: int):
         self.warm_up = warm_up
-        self.times: dict[int, float] = {}
-        self.tokens: dict[int, int] = {}
+        self.tokens = {0: 0}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.warm_up:
+            self.begun = clocks()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in (self.warm_up, state.max_steps):
-            synchronize()
-            self.times[state.global_step] = perf_counter()
+        if state.global_step == state.max_steps:
+            self.ended = clocks()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "num_tokens" in logs:  # TRL's count, without padding
@@ -143,15 +144,16 @@ def run(setup: Setup, train: Train, rows: list[dict]) -> Pass:
     Raises ValueError if the trainer's count of tokens is not the rows'.
     """
     first = WARM_UP[setup.model.device]
-    started = perf_counter()
+    started = clocks()
     with watching(Clock(first)) as clock:
         train(rows)
-    last = max(clock.times)
+    last = max(clock.tokens)
     given = sum(len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows)
     if clock.tokens[last] != given:
         raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; "
                          "padding must not count")
-    return Pass(given - clock.tokens[first], clock.times[last] - clock.times[first], clock.times[first] - started)
+    return Pass(given - clock.tokens[first], clock.ended.wall - clock.begun.wall, clock.ended.cpu - clock.begun.cpu,
+                clock.begun.wall - started.wall)
 
 
 # ---- the gate ----

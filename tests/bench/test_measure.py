@@ -37,6 +37,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(measure, "perf_counter", clock)
+    monkeypatch.setattr(measure, "process_time", lambda: clock.now / 4)
     return clock
 
 
@@ -60,13 +61,13 @@ def test_a_warm_up_then_the_passes_in_order(clock):
 def test_figures_are_medians_and_the_warm_up_stands_apart(clock):
     ours, plain = measure.measure(stage(clock))
     assert (ours.tokens, ours.seconds, ours.rate, ours.warm_up, ours.setup) == (60, 3.0, 20.0, 6.0, 0.5)
-    assert [each.seconds for each in ours.passes] == [2.0, 4.0, 3.0]
+    assert [each.seconds for each in ours.passes] == [2.0, 4.0, 3.0] and (ours.cpu, plain.cpu) == (0.75, 3.0)
     assert (plain.tokens, plain.seconds, plain.rate, plain.warm_up, plain.setup) == (24, 12.0, 2.0, 1.0, 0.0)
     assert [each.gib for each in (ours, plain)] == [None, None], "there is no CUDA"
 
 
 def test_a_pass_that_was_quicker_to_warm_up_gives_no_negative_warm_up():
-    run = iter([Pass(10, 1.0), Pass(10, 2.0), Pass(10, 2.0), Pass(10, 2.0)])
+    run = iter([Pass(10, 1.0, 0.0), *[Pass(10, 2.0, 0.0)] * 3])
     (measured,) = measure.measure(Stage("eval", [Side("looper", lambda: next(run))]))
     assert (measured.warm_up, measured.rate) == (0.0, 5.0)
 
@@ -74,9 +75,9 @@ def test_a_pass_that_was_quicker_to_warm_up_gives_no_negative_warm_up():
 def test_the_table_by_hand(clock):
     one = stage(clock, Gate("loss", 2e-6, 1e-5), limit=40.0)
     assert command.table(one, measure.measure(one), one.gates()).strip().splitlines() == [
-        "sft        tokens  seconds  tokens/s  warm-up s  set-up s  of the limit  looper is",
-        "looper         60     3.00        20        6.0       0.5         50.0%",
-        "B1: plain      24    12.00         2        1.0       0.0          5.0%     10.00x",
+        "sft        tokens  seconds  CPU s  tokens/s  warm-up s  set-up s  of the limit  looper is",
+        "looper         60     3.00   0.75        20        6.0       0.5         50.0%",
+        "B1: plain      24    12.00   3.00         2        1.0       0.0          5.0%     10.00x",
         "limit: 40 tokens/s",
         "gate loss: 2.00e-06 (at most 1e-05): holds",
     ]
