@@ -51,14 +51,14 @@ def load_for_generation(base: Path, adapter: Path | None, settings: Model) -> "P
     An NF4 base is dequantised first: merging into four bits would round the adapter away, and the sampled policy would not
     be the trained one.
     """
-    from peft import PeftModel
-
     if adapter:
         check_adapter(base, adapter)
     model = load_base(base, settings)
     if settings.quantization != "none":
         model = model.dequantize()
     if adapter:
+        from peft import PeftModel  # seconds to import: not for the base alone
+
         model = PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
     return model.eval()
 
