@@ -176,7 +176,7 @@ def _after_answer_is(text: str) -> Fraction | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    end = max(text.rfind(digit) for digit in "0123456789") + 1
+    end = max(text.rfind(digit) for digit in "0123456789½¼¾") + 1
     number = None
     for number in _numbers(text[max(0, end - WINDOW):end]):
         pass

@@ -230,7 +230,7 @@ def execute(chain: list[Step], known: set[Fraction], changes: dict[Fraction, Fra
 def keeps_order(moved: list[Move], quantities: list[Quantity], changes: dict[Fraction, Fraction]) -> bool:
     """Whether any two values, stated or calculated, compare as they did before."""
     stated = {Move(each.value, changes.get(each.value, each.value)) for each in quantities}
-    return all(a.after < b.after or a.before == b.before for a, b in pairwise(sorted({*moved, *stated})))
+    return all(a.after < b.after for a, b in pairwise(sorted({*moved, *stated})))
 
 
 def _alike_value(old: Fraction, new: Fraction) -> bool:

@@ -26,6 +26,7 @@ from regime_w.answers import (answers_match, canonical, canonical_answer, extrac
     ("3\\frac{1}{2}", "3.5"),
     ("-\\frac{1}{2}", "-0.5"), ("\\frac{1,000}{4}", "250"), ("1.5e3", "1500"), ("1.5E-2", "0.015"), ("2e+2", "200"),
     ("1.8 \\times 10^{3}", "1800"), ("2*10^2", "200"), ("5×10^-1", "0.5"), ("3 \\cdot 10^2", "300"), ("2*10^+2", "200"),
+    ("2*10^10", "20000000000"),
     ("**18**", "18"), ("__18__", "18"), ("\\text{18}", "18"), ("\\left(18\\right)", "18"), ("12-3", "12"),
     ("(-4)", "-4"),
     ("1/0", None), ("", None), ("none", None), ("9" * 61, None), ("9" * 60, "9" * 60), ("1e31", None),
@@ -59,12 +60,13 @@ def test_parse_number_reads_only_the_window() -> None:
     ("\\boxed{1{,}800}", "1800"), ("\\boxed{\\text{7 km}} answer is 8", "7"), ("\\boxed{7", "7"),
     ("\\boxed{a} answer is 8", "8"),
     ("\\boxed{7} {8}", "7"), ("\\boxed{{7} 8}", "7"), ("\\boxed{~7} 9", "7"),
+    ("\\boxed{7} so x = 9", "7"), ("\\boxed{7 = x} of 9", "7"),
     ("The answer is 7. Or 9.", "7"), ("answer is 3, no, the Answer is: 7 of 9", "7"), ("answer: 7 of 9", "7"),
     ("answer = 7, 9", "7"),
     ("the answer is 3 + 4 = 7 of 9", "7"), ("The answer is **7** apples\n9", "7"), ("the answer is\n\n7\n9", "7"),
     ("the answer is not known. 9", "9"), ("the answer is a = b, 7", "7"), ("answer is 5 = ?", "5"),
     ("answers 5 and 6", "6"),
-    ("first 5, then 12-3", "3"), ("5 and\n6.50 in all!", "6.5"), ("8 apples" + " x" * 300, "8"), ("8, 1/0", "8"),
+    ("first 5, then 12-3", "3"), ("5 and\n6.50 in all!", "6.5"), ("8 apples" + " x" * 300, "8"), ("8, 1/0", "8"), ("it is 3½", "3.5"), ("it is ¾.", "0.75"),
     ("", None), ("no idea", None), ("<think>#### 20</think>", None),
     # think blocks
     ("<think>#### 20</think> #### 18", "18"), ("a</think>b 4</think> 7", "7"), ("<think>18", None),
@@ -85,7 +87,7 @@ def test_is_formatted(text: str, formatted: bool) -> None:
 
 
 @pytest.mark.parametrize(("text", "parts"), [
-    ("<think>\na\n</think>\n\n#### 18", ("a", "#### 18")), ("a</think>b", ("a", "b")), ("<think>open", ("open", "")),
+    ("<think>\na\n</think>\n\n#### 18", ("a", "#### 18")), ("a</think>b", ("a", "b")), ("</think>b", ("", "b")), ("<think>open", ("open", "")),
     ("<think>a</think>b<think>c", ("ab" + "c", "")), ("3 + 4 = 7\n#### 7", ("3 + 4 = 7", "#### 7")),
     ("just 7", ("", "just 7")),
     ("#### 1\n#### 7", ("#### 1", "#### 7")), ("", ("", "")), ("x <think>a</think> y</think>z", ("x a y", "z")),

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regime_w.counterfactual import (TRIES, Move, Step, _alike, change_name, evaluate, execute, keeps_order,
-                                     make_counterfactual, read_chain, tokenize)
+from regime_w.counterfactual import (TRIES, Move, Step, _alike, _alike_value, change_name, evaluate, execute,
+                                     keeps_order, make_counterfactual, read_chain, tokenize)
 from regime_w.quantities import read_quantities
 
 QUESTION = "Ann has 20 pens and buys 3 packs of 8 pens. How many pens has she?"
@@ -66,6 +66,15 @@ def test_commas_and_roundness_are_kept() -> None:
             break
     else:
         pytest.fail("no seed changed the price")
+
+
+@pytest.mark.parametrize(("old", "new", "alike"), [
+    (30, 10, True), (30, 9, False), (30, 90, True), (30, 91, False), (3, 1, True), (0, 0, True), (0, 1, False),
+    (3, Fraction(7, 2), False), (Fraction(1, 2), 1, True), (Fraction(3, 2), Fraction(5, 2), True), (-3, -3, False),
+    (Fraction(1, 2), Fraction(1, 6), False), (Fraction(1, 4), Fraction(1, 2), True),
+])
+def test_values_stay_within_a_factor_of_three_and_whole(old: Fraction, new: Fraction, alike: bool) -> None:
+    assert _alike_value(Fraction(old), Fraction(new)) is alike
 
 
 def test_magnitude_stays_alike() -> None:
