@@ -52,6 +52,7 @@ def slot_attention(
             f"supported by looper.decoding at {key.shape[2]} tokens; use a base model with full attention"
         )
     rows, heads, queries, dim = query.shape
+    keys = key.shape[2]
     if ragged is not None:
         # PyTorch's public varlen_attn takes no seqused_k before 2.12; the operator below it does.
         out = torch.ops.aten._flash_attention_forward(
@@ -70,8 +71,10 @@ def slot_attention(
         )[0]
         return out[:, None], None
     if attention_mask is None:
-        grouped = heads != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        grouped, causal = heads != key.shape[1], queries == keys
+        # After a shared beginning the queries are the last of the keys' positions.
+        mask = None if causal else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
     else:
         folded = query.reshape(rows, key.shape[1], -1, dim)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
@@ -131,14 +134,36 @@ class SlotCache(Cache):
             store[targets, :length] = store[sources, :length]
 
 
-class PrefillCache(Cache):
-    """Stores a prefill pass's keys and values in the given slots; attention itself sees only the pass."""
+class Beginning(Cache):
+    """Keys and values of the tokens that all prompts begin with: per layer [1, key-value heads, tokens, dim]."""
 
-    def __init__(self, cache: SlotCache, slots: torch.Tensor):
+    def __init__(self, tokens: int):
         super().__init__(layers=[])
-        self.cache, self.slots = cache, slots
+        self.tokens = tokens
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self.keys.append(key)
+        self.values.append(value)
+        return key, value
+
+
+class PrefillCache(Cache):
+    """Stores a prefill pass's keys and values in the given slots, after those of the beginning that the pass leaves out.
+
+    Attention sees the beginning and the pass.
+    """
+
+    def __init__(self, cache: SlotCache, slots: torch.Tensor, beginning: Beginning):
+        super().__init__(layers=[])
+        self.cache, self.slots, self.beginning = cache, slots, beginning
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if self.beginning.tokens:
+            before = (self.beginning.keys[layer_idx], self.beginning.values[layer_idx])
+            key, value = (torch.cat((first.expand(len(states), -1, -1, -1), states), 2)
+                          for first, states in zip(before, (key, value)))
         keys, values = self.cache.storage(layer_idx, key, value)
         keys[self.slots, : key.shape[2]] = key.transpose(1, 2)
         values[self.slots, : key.shape[2]] = value.transpose(1, 2)
@@ -232,14 +257,25 @@ class Decoder:
     def _tensor(self, values: Sequence) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)
 
-    def start(self, rows: int, seed: int, sampling: bool) -> None:
-        """Begins a new set of rows: their random numbers depend on (seed, row, token) and on nothing else."""
+    def start(self, rows: int, seed: int, sampling: bool, beginning: Sequence[int] = ()) -> None:
+        """Begins a new set of rows: their random numbers depend on (seed, row, token) and on nothing else.
+
+        beginning: tokens that every prompt of the set begins with, and has more after; they are computed here, once.
+        """
         generator = torch.Generator().manual_seed(seed)
         width = self.uniforms.shape[1]
         self.uniforms[:rows] = torch.rand(rows, width, dtype=torch.float64, generator=generator).to(self.device)
         self.sampling = sampling
         self.prompts = [None] * self.slots
         self.done.fill_(True)
+        self.beginning = Beginning(len(beginning))
+        if beginning:
+            self.model.base_model(
+                input_ids=self._tensor(beginning)[None],
+                position_ids=self.position_index[None, : len(beginning)],
+                past_key_values=self.beginning,
+                use_cache=True,
+            )
 
     def admit(
         self,
@@ -280,15 +316,16 @@ class Decoder:
 
     def _prefill(self, prompts: list[tuple[Sequence[int], int]]) -> None:
         """Right-padded passes under causal attention: what stands after a prompt's end cannot reach it."""
+        shared = self.beginning.tokens
         prompts = sorted(prompts, key=lambda pair: len(pair[0]), reverse=True)
         while prompts:
-            width = len(prompts[0][0]) - 1
+            width = len(prompts[0][0]) - 1 - shared
             taken, prompts = prompts[: max(1, PREFILL_TOKENS // width)], prompts[max(1, PREFILL_TOKENS // width) :]
-            ids = [list(prompt[:-1]) + [0] * (width + 1 - len(prompt)) for prompt, _ in taken]
+            ids = [list(prompt[shared:-1]) + [0] * (width + 1 + shared - len(prompt)) for prompt, _ in taken]
             self.model.base_model(
                 input_ids=torch.tensor(ids, device=self.device),
-                position_ids=self.position_index[None, :width],
-                past_key_values=PrefillCache(self.cache, self._tensor([slot for _, slot in taken])),
+                position_ids=self.position_index[None, shared : shared + width],
+                past_key_values=PrefillCache(self.cache, self._tensor([slot for _, slot in taken]), self.beginning),
                 use_cache=True,
             )
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from math import isfinite
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,7 +170,8 @@ def _run(
     """Drives the decoder until every request is finished: refill free slots, shrink the batch, step, look."""
     cuda = decoder.device.type == "cuda"
     poll, refill_at = (CUDA_POLL, max(1, decoder.slots // CUDA_REFILL)) if cuda else (1, 1)
-    decoder.start(len(requests), seed, sampling=any(request.temperature > 0 for request in requests))
+    sampling = any(request.temperature > 0 for request in requests)
+    decoder.start(len(requests), seed, sampling, () if cuda else _beginning(requests))
     # Longest prompts first, equal ones side by side: prefill passes without padding, and each prompt computed once.
     waiting = sorted(range(len(requests)), key=lambda row: (len(requests[row].prompt), tuple(requests[row].prompt)))
     running: dict[int, int] = {}  # slot -> row
@@ -200,6 +202,17 @@ def _run(
             lengths[running.pop(slot)] = count[slot]
             del counted[slot], reach[slot]
     return _completions(decoder, lengths, eos_token_ids)
+
+
+def _beginning(requests: Sequence[Request]) -> Sequence[int]:
+    """The tokens that all prompts begin with, such as an instruction; at least two more follow in each.
+
+    On the CPU a prefill pass costs what it computes; on CUDA it costs its launches, and one more pass saves nothing.
+    """
+    prompts = list({tuple(request.prompt) for request in requests})
+    if len(prompts) < 2:
+        return ()
+    return commonprefix(prompts)[: max(0, min(map(len, prompts)) - 2)]
 
 
 def _batch(running: int, slots: int, halving: bool) -> int:

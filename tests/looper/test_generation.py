@@ -1,78 +1,21 @@
 """The engine against transformers' own `generate`, full forward passes, and exact distributions, on tiny models."""
 
-import json
-import time
-from functools import cache
-
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
-from looper import generation
 from looper.decoding import Decoder, choose, decoding_mode, draw
-from looper.generation import Completion, Request, generate, generate_in_chunks
-
-EOS = [7, 8, 9, 10, 11]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-
-
-def tiny_model(family="llama", **overrides):
-    """Random float32 weights, spread enough that greedy choices are no ties; 2 query heads a key-value head."""
-    config_class, model_class = FAMILIES[family]
-    settings = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return model_class(config_class(**settings | overrides)).eval()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model()
-
-
-def make_prompts(lengths=(5, 1, 17, 2, 30, 9, 9, 3), vocabulary=300):
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(12, vocabulary, (length,), generator=generator).tolist() for length in lengths]
-    return [*prompts, prompts[0]]  # one prompt twice, as two arms have it
-
-
-def settings(**overrides):
-    return {"max_new_tokens": 40, "eos_token_ids": EOS, "batch_size": 4, "seed": 3} | overrides
-
-
-def reference_greedy(model, prompt, max_new_tokens, eos_token_ids):
-    return _reference_greedy(model, tuple(prompt), max_new_tokens, tuple(eos_token_ids))
-
-
-@cache
-def _reference_greedy(model, prompt, max_new_tokens, eos_token_ids):
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_token_ids) or None,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def teacher_forced(model, prompt, completion, temperature):
-    """Log-probabilities of a completion's tokens from one full float32 forward pass without a cache."""
-    ids = torch.tensor([prompt + completion.token_ids], device=model.device)
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
-    targets = torch.tensor(completion.token_ids, device=model.device)
-    return torch.log_softmax(logits / (temperature or 1.0), -1)[torch.arange(len(targets)), targets]
+from looper.generation import Request, generate, generate_in_chunks
+from tests.looper.generation_helpers import (
+    EOS,
+    llama,
+    make_prompts,
+    model,
+    reference_greedy,
+    settings,
+    teacher_forced,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -244,6 +187,24 @@ def test_a_prompt_shared_by_arms_is_prefilled_once_a_chunk(llama, tmp_path):
         hook.remove()
 
 
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_what_all_prompts_begin_with_is_computed_once(model, batch_size):
+    begin, rests = make_prompts((19,))[0], make_prompts()
+    prompts, passes = [begin + rest for rest in rests], []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = generate(model, prompts, temperatures=[0.0] * 9, **settings(batch_size=batch_size))
+    hook.remove()
+    # A prompt is `begin` and one more token: that token is the first step's, and the one before it is a pass's.
+    assert passes.count((1, 18)) == 1 and passes[0] == (1, 18)
+    assert max(width for _, width in passes[1:]) == 1 + 30 - 1, "the longest prompt's rest"
+    for prompt, completion in zip(prompts, found):
+        assert completion.token_ids == reference_greedy(model, prompt, 40, EOS)
+        expected = teacher_forced(model, prompt, completion, 0.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+
+
 def test_the_flash_kernel_is_told_each_rows_own_keys(llama, monkeypatch):
     """What CUDA in bfloat16 does, with a plain attention in the kernel's place."""
 
@@ -326,174 +287,3 @@ def test_sliding_window_attention_is_refused_where_the_window_would_matter():
     )  # fmt: skip
     with pytest.raises(ValueError, match="window 16"):
         generate(MistralForCausalLM(config), [[5] * 30], temperatures=[0.0], **settings())
-
-
-def make_requests():
-    return [Request(prompt, temperature) for prompt, temperature in zip(make_prompts(), [0.0, 1.0, 0.5] * 3)]
-
-
-def run_chunks(model, scratch, requests=None, **overrides):
-    return generate_in_chunks(model, requests or make_requests(), scratch, chunk_size=2, **settings(**overrides))
-
-
-@pytest.fixture
-def count_runs(monkeypatch):
-    """The number of requests in each chunk that is really generated, in order."""
-    sizes, run = [], generation._run
-
-    def counting(decoder, requests, *args):
-        sizes.append(len(requests))
-        return run(decoder, requests, *args)
-
-    monkeypatch.setattr(generation, "_run", counting)
-    return sizes
-
-
-def test_chunks_keep_the_order_and_hold_what_generate_gives(llama, tmp_path):
-    found = run_chunks(llama, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"chunk-{index:05}.jsonl" for index in range(5)]
-    greedy = [index for index, request in enumerate(make_requests()) if request.temperature == 0]
-    plain = generate(llama, make_prompts(), temperatures=[0.0] * 9, **settings())
-    assert [found[index].token_ids for index in greedy] == [plain[index].token_ids for index in greedy]
-    for request, completion in zip(make_requests(), found):
-        expected = teacher_forced(llama, request.prompt, completion, request.temperature)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-5)
-
-
-def test_each_chunk_has_samples_of_its_own(llama, tmp_path):
-    found = run_chunks(llama, tmp_path, [Request(make_prompts()[2], 1.0)] * 4)
-    assert found[:2] != found[2:]
-
-
-def test_after_a_kill_finished_chunks_stay_and_the_result_is_the_same(llama, tmp_path, monkeypatch, count_runs):
-    whole = run_chunks(llama, tmp_path / "uninterrupted")
-    assert count_runs == [2, 2, 2, 2, 1]
-    with monkeypatch.context() as patch:
-        step, calls = Decoder.step, []
-
-        def dying(*args):
-            calls.append(1)
-            if len(calls) == 90:
-                raise KeyboardInterrupt
-            step(*args)
-
-        patch.setattr(Decoder, "step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run_chunks(llama, tmp_path / "killed")
-    kept = sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert 0 < len(kept) < 5 and kept == [f"chunk-{index:05}.jsonl" for index in range(len(kept))]
-    count_runs.clear()
-    assert run_chunks(llama, tmp_path / "killed") == whole
-    assert count_runs == [2, 2, 2, 2, 1][len(kept) :]
-    count_runs.clear()
-    assert run_chunks(llama, tmp_path / "killed") == whole
-    assert count_runs == []
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "not JSON", "lost row"])
-def test_a_damaged_chunk_is_generated_again(llama, tmp_path, count_runs, damage):
-    whole = run_chunks(llama, tmp_path)
-    path = tmp_path / "chunk-00001.jsonl"
-    text = path.read_text()
-    damaged = {
-        "cut": text[:-20],
-        "empty": "",
-        "changed": text.replace('"truncated": true', '"truncated": false').replace("[1", "[2"),
-        "not JSON": "{" + text,
-        "lost row": "".join(text.splitlines(keepends=True)[:-1]),
-    }[damage]
-    assert damaged != text
-    path.write_text(damaged)
-    count_runs.clear()
-    assert run_chunks(llama, tmp_path) == whole
-    assert count_runs == [2] and path.read_text() == text
-
-
-def test_a_chunk_of_other_requests_or_settings_is_not_mistaken(llama, tmp_path, count_runs):
-    run_chunks(llama, tmp_path, max_new_tokens=3)
-    requests = make_requests()
-    requests[2] = Request(requests[2].prompt, 0.9)
-    count_runs.clear()
-    run_chunks(llama, tmp_path, requests, max_new_tokens=3)
-    assert count_runs == [2]
-    for overrides in ({"seed": 4}, {"max_new_tokens": 2}, {"eos_token_ids": [7]}, {"batch_size": 3}):
-        count_runs.clear()
-        run_chunks(llama, tmp_path, requests, **{"max_new_tokens": 3} | overrides)
-        assert count_runs == [2, 2, 2, 2, 1], overrides
-
-
-def test_chunk_files_are_jsonl_with_rounded_logprobs(llama, tmp_path):
-    found = run_chunks(llama, tmp_path)
-    header, *rows = map(json.loads, (tmp_path / "chunk-00000.jsonl").read_text().splitlines())
-    assert set(header) == {"requests_sha256", "body_sha256"}
-    assert [Completion(**row) for row in rows] == found[:2]
-    assert all(value == round(value, 6) for row in rows for value in row["logprobs"])
-
-
-def test_the_progress_bar_goes_on_from_finished_chunks(llama, tmp_path, capsys):
-    run_chunks(llama, tmp_path, progress="rollouts")
-    shown = capsys.readouterr().err
-    assert "rollouts: 100%" in shown and "9/9" in shown and "tokens/s" in shown
-    (tmp_path / "chunk-00004.jsonl").unlink()
-    run_chunks(llama, tmp_path, progress="rollouts")
-    shown = capsys.readouterr().err
-    assert "8/9" in shown and "9/9" in shown and "0/9" not in shown
-    run_chunks(llama, tmp_path, max_new_tokens=3)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
-    model = tiny_model(family).cuda()
-    prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4)
-    found = generate(model, prompts, temperatures=[0.0] * 33, **settings(max_new_tokens=100, batch_size=8))
-    assert [completion.token_ids for completion in found] == [reference_greedy(model, p, 100, EOS) for p in prompts]
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(("dtype", "mean", "largest"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-2, 5e-2)])
-def test_gpu_logprobs_equal_a_full_forward_pass(dtype, mean, largest):
-    """In bfloat16 a logit of 4 is rounded by up to 0.016, and a temperature of 0.5 doubles that."""
-    model = tiny_model(initializer_range=0.05, hidden_size=256, vocab_size=2000).to("cuda", dtype)
-    prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4, 2000)
-    temperatures = [0.0, 0.5, 1.0] * 11
-    found = generate(model, prompts, temperatures=temperatures, **settings(max_new_tokens=100, batch_size=8))
-    assert found == generate(model, prompts, temperatures=temperatures, **settings(max_new_tokens=100, batch_size=8))
-    for completion, prompt, temperature in zip(found, prompts, temperatures):
-        expected = teacher_forced(model, prompt, completion, temperature).cpu()
-        difference = (torch.tensor(completion.logprobs) - expected).abs()
-        assert difference.mean() <= mean and difference.max() <= largest
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_throughput_beats_generate_at_a_small_models_shape(capsys):
-    """SmolLM2-135M's shape, random bfloat16 weights, 256 rows of 128 tokens: the same work on both sides."""
-    model = tiny_model(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=2048, initializer_range=0.02,
-    ).to("cuda", torch.bfloat16)  # fmt: skip
-    prompts = make_prompts([100] * 255, 49152)
-    ids = torch.tensor(prompts, device="cuda")
-
-    def ours():
-        same_work = settings(max_new_tokens=128, eos_token_ids=[], batch_size=256)
-        generate(model, prompts, temperatures=[0.5] * 256, **same_work)
-
-    def theirs():
-        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, min_new_tokens=128, max_new_tokens=128)
-
-    seconds = {}
-    for name, work in (("ours", ours), ("generate", theirs)):
-        work()
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        seconds[name] = time.perf_counter() - begun
-    with capsys.disabled():
-        print({name: f"{256 * 128 / value:,.0f} tokens/s" for name, value in seconds.items()})
-    assert seconds["ours"] < seconds["generate"]
