@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bench.measure import Gate, Side, Stage, timed
 from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter
 from looper.generation import Completion, generate
+from looper.prompts import prompt_ids
 from regime_w.arms import ARMS
 
 BATCH = {"cuda": 512, "cpu": 64}  # this repository's: rows running at once
@@ -38,16 +39,22 @@ def rollouts(setup: Setup, rows: int, against: list[str]) -> Stage:
     for i, (_, output) in enumerate(stored):
         arm, question = ARMS[i % len(ARMS)], i // len(ARMS)
         length, _ = stored[question]
-        ids = random_ids(setup, length, seed=f"{arm.style}/{question}")
+        ids = make_prompt(setup, length, f"{arm.style}/{question}", arm.instruction)
         made.append(Row(ids, arm.temperature, output))
     return _stage("rollouts", setup, made, against)
 
 
 def evaluation(setup: Setup, rows: int, against: list[str]) -> Stage:
     """Greedy answers to as many questions."""
-    made = [Row(random_ids(setup, prompt, seed=f"eval/{i}"), 0.0, output)
+    made = [Row(make_prompt(setup, prompt, f"eval/{i}"), 0.0, output)
             for i, (prompt, output) in enumerate(lengths(rows))]
     return _stage("eval", setup, made, against)
+
+
+def make_prompt(setup: Setup, length: int, seed: str, instruction: str = "") -> list[int]:
+    """`length` tokens that begin as the prompts of this repository do, with at most half of them; then random ones."""
+    beginning = prompt_ids(setup.tokenizer, setup.template, "", instruction)[:length // 2]
+    return beginning + random_ids(setup, length - len(beginning), seed)
 
 
 def _stage(name: str, setup: Setup, rows: list[Row], against: list[str]) -> Stage:

@@ -12,7 +12,7 @@ from bench.generation import Row, batches
 from bench.random_8b import small_tokenizer
 from bench.workload import Setup, Shape, lengths, load, merged, random_ids, shape_of, with_adapter
 from looper.params import Model
-from looper.prompts import TEMPLATES, training_ids
+from looper.prompts import TEMPLATES, prompt_ids, training_ids
 
 BOTH = ["b1", "b2"]
 
@@ -129,6 +129,13 @@ def test_arms_of_a_style_share_their_prompt(setup, monkeypatch):
     assert len(set(prompts)) == 4 and all(prompts[i] == prompts[4 * (i // 4)] for i in range(16))
     assert [len(prompt) for prompt in prompts] == [lengths(2)[0][0]] * 8 + [lengths(2)[1][0]] * 8
     assert [row.length for row in made] == [output for _, output in lengths(16)]
+
+
+def test_prompts_begin_as_real_ones_do_and_go_on_each_by_itself(setup):
+    real = prompt_ids(setup.tokenizer, setup.template, "How many?")
+    made = [generation.make_prompt(setup, length, str(length)) for length in (60, 61)]
+    assert [len(prompt) for prompt in made] == [60, 61]
+    assert made[0][:30] == made[1][:30] == real[:30] and made[0][30:40] != made[1][30:40]
 
 
 def test_another_number_of_tokens_is_refused():
