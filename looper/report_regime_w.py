@@ -190,8 +190,8 @@ def bandit_block(rollouts: Sequence[dict[str, Any]]) -> Block:
         f"Had one arm answered each of the {n:,} questions, the best single arm, known only afterwards, would be "
         f"{best['name']} with {_percent(best['accuracy'])}; regret is how many right answers an allocation falls short "
         f"of it. Against uniform, Thompson sampling earns {gains['thompson']:+.1f} right answers and UCB1 "
-        f"{gains['ucb1']:+.1f} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors of "
-        f"one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
+        f"{gains['ucb1']:+.1f} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors "
+        f"of one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
     rows = [[label, _percent(each["accuracy"]), f"{each['regret']:.1f}"] for label, each in found.items()]
     rows.append([f"Best single arm ({best['name']})", _percent(best["accuracy"]), f"{0:.1f}"])
     return Block("Arms as bandits", sentence, table_html(["Allocation", "Accuracy", "Regret, right answers"], rows))

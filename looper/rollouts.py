@@ -22,7 +22,7 @@ WAVE = 32  # questions that Thompson sampling allocates at once: few enough to l
 
 
 def questions_of_round(rows: list[dict], count: int, number: int) -> list[dict]:
-    """The `count` rows that round `number` (from 1) asks: each round the next ones, from the first again after the last."""
+    """The `count` rows that round `number` (from 1) asks: each round the next ones, then the first again."""
     count = min(count, len(rows))
     start = (number - 1) * count
     return [rows[i % len(rows)] for i in range(start, start + count)]
@@ -34,18 +34,16 @@ def roll_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
 
     counterfactuals: by the question's id; a question without one is answered once.
     scratch: finished chunks are kept there, so that a kill loses at most one.
-    Under thompson a row also holds `allocation` (the propensity of every arm), and an output its `arm` and `propensity`.
+    Under thompson a row also holds `allocation` (each arm's propensity), and an output its `arm` and `propensity`.
     """
     def answered(rows: list[dict], arms: Sequence[Sequence[Arm]], seed: int, folder: Path) -> list[dict]:
         """The rows of these questions; arms: who answers each of them. All in one batch."""
         asked = [(row, kind, each) for row, these in zip(rows, arms, strict=True)
                  for kind in ("question", "counterfactual") if kind == "question" or row["id"] in counterfactuals
                  for each in these]
-        requests = [
-            Request(prompt_ids(tokenizer, template,
-                               (row if kind == "question" else counterfactuals[row["id"]])["question"], arm.instruction),
-                    arm.temperature)
-            for row, kind, arm in asked]
+        texts = [(row if kind == "question" else counterfactuals[row["id"]])["question"] for row, kind, _ in asked]
+        requests = [Request(prompt_ids(tokenizer, template, text, arm.instruction), arm.temperature)
+                    for text, (_, _, arm) in zip(texts, asked, strict=True)]
         completions = iter(generate_in_chunks(
             model, requests, folder, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
             eos_token_ids=end_token_ids(tokenizer, template), seed=seed, progress="rollouts"))

@@ -3,7 +3,7 @@
 An arm's posterior is Beta(1 + right, 1 + wrong). `uniform` is the original design and the default; `thompson` draws
 each arm's accuracy from its posterior and takes the highest; `ucb1` (Auer, Cesa-Bianchi and Fischer 2002) takes the
 highest mean + sqrt(2 ln n / nᵢ). A floor share keeps every arm alive: at 500 questions the difference of two arms has a
-paired standard error near 2 points, too much to give one up. Propensities are stored, so that estimates can be corrected.
+paired standard error near 2 points, too much to give one up. Propensities are stored, to correct estimates with.
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,8 +8,9 @@ from regime_w.bandit import replay
 
 def rollouts(*patterns: str, arms: str = "abcd") -> list[dict]:
     """One scored row a pattern: '1000' is right by the first arm alone."""
-    return [{"reward": 1.0, "arm_outputs": [{"name": name, "correct": right == "1", "advantage": 0.0, "token_ids": [1]}
-                                            for name, right in zip(arms, pattern, strict=True)]} for pattern in patterns]
+    return [{"reward": 1.0, "arm_outputs": [
+        {"name": name, "correct": right == "1", "advantage": 0.0, "token_ids": [1]}
+        for name, right in zip(arms, pattern, strict=True)]} for pattern in patterns]
 
 
 def test_a_bandit_finds_the_one_good_arm():

@@ -115,7 +115,8 @@ def test_an_unclosed_think_is_truncated_whatever_ended_it(monkeypatch, tokenizer
 
 
 @pytest.mark.parametrize(("count", "number", "expected"), [
-    (2, 1, [0, 1]), (2, 2, [2, 3]), (2, 3, [4, 0]), (5, 1, [0, 1, 2, 3, 4]), (9, 1, [0, 1, 2, 3, 4]), (9, 2, [0, 1, 2, 3, 4]),
+    (2, 1, [0, 1]), (2, 2, [2, 3]), (2, 3, [4, 0]), (5, 1, [0, 1, 2, 3, 4]),
+    (9, 1, [0, 1, 2, 3, 4]), (9, 2, [0, 1, 2, 3, 4]),
 ])
 def test_each_round_takes_the_next_questions(count, number, expected):
     assert [row["i"] for row in questions_of_round([{"i": i} for i in range(5)], count, number)] == expected
@@ -123,7 +124,7 @@ def test_each_round_takes_the_next_questions(count, number, expected):
 
 @pytest.fixture
 def answering(monkeypatch, tokenizer):
-    """generate_in_chunks of a model that is right (7) as the arm `clever`, else wrong; keeps chunks as the real one does.
+    """generate_in_chunks of a model that is right (7) as the arm `clever`, else wrong; keeps chunks as the real one.
 
     Returns the arms' names of each call, the calls' options, and how many answers were generated rather than read.
     """
@@ -137,7 +138,8 @@ def answering(monkeypatch, tokenizer):
         if not scratch.exists():
             generated.append(len(requests))
             scratch.mkdir(parents=True)
-        ids = [tokenizer.encode(f"#### {7 if arm == clever else 8}<|im_end|>", add_special_tokens=False) for arm in arms]
+        texts = [f"#### {7 if arm == clever else 8}<|im_end|>" for arm in arms]
+        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return [Completion(each, [-0.5] * len(each), truncated=False) for each in ids]
 
     monkeypatch.setattr(rollouts, "generate_in_chunks", generate_in_chunks)

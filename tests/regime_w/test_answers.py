@@ -66,7 +66,8 @@ def test_parse_number_reads_only_the_window() -> None:
     ("the answer is 3 + 4 = 7 of 9", "7"), ("The answer is **7** apples\n9", "7"), ("the answer is\n\n7\n9", "7"),
     ("the answer is not known. 9", "9"), ("the answer is a = b, 7", "7"), ("answer is 5 = ?", "5"),
     ("answers 5 and 6", "6"),
-    ("first 5, then 12-3", "3"), ("5 and\n6.50 in all!", "6.5"), ("8 apples" + " x" * 300, "8"), ("8, 1/0", "8"), ("it is 3½", "3.5"), ("it is ¾.", "0.75"),
+    ("first 5, then 12-3", "3"), ("5 and\n6.50 in all!", "6.5"), ("8 apples" + " x" * 300, "8"), ("8, 1/0", "8"),
+    ("it is 3½", "3.5"), ("it is ¾.", "0.75"),
     ("", None), ("no idea", None), ("<think>#### 20</think>", None),
     # think blocks
     ("<think>#### 20</think> #### 18", "18"), ("a</think>b 4</think> 7", "7"), ("<think>18", None),
@@ -87,7 +88,8 @@ def test_is_formatted(text: str, formatted: bool) -> None:
 
 
 @pytest.mark.parametrize(("text", "parts"), [
-    ("<think>\na\n</think>\n\n#### 18", ("a", "#### 18")), ("a</think>b", ("a", "b")), ("</think>b", ("", "b")), ("<think>open", ("open", "")),
+    ("<think>\na\n</think>\n\n#### 18", ("a", "#### 18")), ("a</think>b", ("a", "b")), ("</think>b", ("", "b")),
+    ("<think>open", ("open", "")),
     ("<think>a</think>b<think>c", ("ab" + "c", "")), ("3 + 4 = 7\n#### 7", ("3 + 4 = 7", "#### 7")),
     ("just 7", ("", "just 7")),
     ("#### 1\n#### 7", ("#### 1", "#### 7")), ("", ("", "")), ("x <think>a</think> y</think>z", ("x a y", "z")),

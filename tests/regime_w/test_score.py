@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("cf", "expected", "placeholders"), [("chsh", 0.25, 1.0), ("counterfactual", 1.0, 0.0)])
-def test_chsh_of_a_row_without_one_of_the_styles_is_the_placeholder(cf: str, expected: float, placeholders: float) -> None:
+def test_chsh_without_an_arm_of_a_style_is_the_placeholder(cf: str, expected: float, placeholders: float) -> None:
     """As Thompson sampling can draw it; all arms are right on both versions."""
     output = {"style": "wolfram", "answer": "7", "num_tokens": 9, "counterfactual": {"answer": "8"}}
     row = {"id": "x", "gold_answer": "7", "counterfactual": {"gold_answer": "8"},
