@@ -46,16 +46,19 @@ def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
         return Side(names[key], lambda: run(setup, trainers[key], data), [own if key == "looper" else plain])
 
     return Stage("sft", [side(key) for key in ("looper", *against)],
-                 lambda: gates(setup, trainers["looper"], trainers["b1"]) if against else [], limit(setup))
+                 lambda: gates(setup, trainers["looper"], trainers["b1"]) if against else [],
+                 limit(setup, make_rows(setup, rows)))
 
 
-def limit(setup: Setup) -> float:
+def limit(setup: Setup, rows: list[dict]) -> float:
     """Tokens/s of the matrix products alone at the device's peak.
 
-    Forward and the gradient of the activations, 2 FLOP a weight each, the head on every token; nothing computed twice,
-    no gradient of the frozen weights; attention, below 1% at these lengths, and the adapter are left out.
+    Forward and the gradient of the activations, 2 FLOP a weight each, the head on labelled tokens only; nothing computed
+    twice, no gradient of the frozen weights; attention, below 1% at these lengths, and the adapter are left out.
     """
-    return setup.flops / (4 * (setup.shape.body + setup.shape.head))
+    masks = [training_ids(setup.tokenizer, setup.template, row)[1] for row in rows]
+    tokens, labelled = sum(map(len, masks)), sum(map(sum, masks))
+    return tokens * setup.flops / (4 * (tokens * setup.shape.body + labelled * setup.shape.head))
 
 
 # ---- the sides ----

@@ -100,11 +100,14 @@ def test_the_sft_gate_sees_another_loss(setup, monkeypatch):
     assert len(gates) == 2 and not any(gate.holds for gate in gates)
 
 
-def test_the_limit_of_sft(setup):
+def test_the_limit_of_sft_by_hand(setup):
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     head = 32 * len(tiny_tokenizer())
     assert setup.shape == Shape(2 * layer, head, 2 * 2 * 2 * 8, len(tiny_tokenizer()))
-    assert sft.limit(setup) == pytest.approx(1e9 / (4 * (2 * layer + head)))
+    row = {"id": "a", "question": "How many?", "solution": "Seven.", "gold_answer": "7"}
+    ids, mask = training_ids(setup.tokenizer, setup.template, row)
+    seconds = 4 * (2 * layer * len(ids) + head * sum(mask)) / 1e9
+    assert sft.limit(setup, [row]) == pytest.approx(len(ids) / seconds) and 0 < sum(mask) < len(ids)
 
 
 # ---- generation ----
