@@ -10,6 +10,9 @@ from pathlib import Path
 # Nothing leaves the host: no telemetry of any library, no experiment pushed anywhere.
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "DVC_STUDIO_OFFLINE": "true"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+# Read when PyTorch is imported. cuBLAS gives equal runs equal bits only with a workspace of its own. And nothing here is
+# compiled: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has an adapter.
+TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
 # What lowers a stage's need of GPU memory: first what leaves its result as it is.
 LESS_MEMORY = {
@@ -36,7 +39,7 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
     if len(given) != len(arguments):
         usage = " ".join([f"python -m stages.{name}", *arguments])
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
-    os.environ.update(PRIVATE if network else PRIVATE | OFFLINE)
+    os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
     started = time.perf_counter()
     try:
         main(*given)

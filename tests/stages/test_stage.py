@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "scipy", "matplotli
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in stage.PRIVATE | stage.OFFLINE:
+    for name in stage.PRIVATE | stage.TORCH | stage.OFFLINE:
         monkeypatch.setenv(name, "")  # restored afterwards: run() writes into os.environ
 
 
@@ -137,7 +137,8 @@ def test_only_stages_that_fetch_may_ask_the_hub(monkeypatch, network):
     monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
     seen = {}
     stage.run(lambda: seen.update(os.environ), "doc", network=network)
-    assert {name: seen[name] for name in stage.PRIVATE} == stage.PRIVATE
+    always = stage.PRIVATE | stage.TORCH
+    assert {name: seen[name] for name in always} == always
     expected = dict.fromkeys(stage.OFFLINE, "") if network else stage.OFFLINE
     assert {name: seen[name] for name in stage.OFFLINE} == expected
     assert stage.OFFLINE["HF_HUB_OFFLINE"] == stage.OFFLINE["HF_DATASETS_OFFLINE"] == "1"
