@@ -70,11 +70,19 @@ def test_commas_and_roundness_are_kept() -> None:
 
 @pytest.mark.parametrize(("old", "new", "alike"), [
     (30, 10, True), (30, 9, False), (30, 90, True), (30, 91, False), (3, 1, True), (0, 0, True), (0, 1, False),
+    (0, -1, False), (10, 3, False),
     (3, Fraction(7, 2), False), (Fraction(1, 2), 1, True), (Fraction(3, 2), Fraction(5, 2), True), (-3, -3, False),
     (Fraction(1, 2), Fraction(1, 6), False), (Fraction(1, 4), Fraction(1, 2), True),
 ])
 def test_values_stay_within_a_factor_of_three_and_whole(old: Fraction, new: Fraction, alike: bool) -> None:
     assert _alike_value(Fraction(old), Fraction(new)) is alike
+
+
+def test_two_new_numbers_are_never_the_same() -> None:
+    question, answer = "Ann has 3 pens and 4 clips. How many things has she?", "<<3+4=7>>7\n#### 7"
+    found = [make_counterfactual(question, answer, seed, numbers=2) for seed in range(200)]
+    pairs = {tuple(each.changed_to.split("; ")) for each in found if each}
+    assert ("6", "5") in pairs and all(a != b for a, b in pairs)
 
 
 def test_magnitude_stays_alike() -> None:

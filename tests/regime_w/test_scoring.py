@@ -97,3 +97,8 @@ def test_without_each_is_the_component_of_the_others(arms: list) -> None:
     assert s_end_without_each(answers) == [s_end([answers[i] for i in rest]) for rest in rests]
     assert s_path_without_each(lengths) == [s_path([lengths[i] for i in rest]) for rest in rests]
     assert s_cf_without_each(answers, "1") == [s_cf([answers[i] for i in rest], "1") for rest in rests]
+
+
+def test_answers_are_compared_by_value() -> None:
+    gold = "".join(("1", "8"))  # no literal, so that it is not the same object as an answer
+    assert s_cf_without_each(["18", "18", "7"], gold) == [0.5, 0.5, 1.0] and s_cf(["18", "7"], gold) == 0.5
