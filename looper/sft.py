@@ -58,7 +58,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
                          callbacks=[LiveMetrics(live), _OnlyFinite()])
-    hooks = _leave_out_padding_and_prompts(trainer.model)
+    hooks = _spare_what_the_loss_ignores(trainer.model)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     for hook in hooks:
         hook.remove()
@@ -75,20 +75,29 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[
     return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
 
 
-def _leave_out_padding_and_prompts(model: PeftModel) -> list[RemovableHandle]:
-    """Hooks that spare the model what its loss does not depend on.
+def _spare_what_the_loss_ignores(model: PeftModel) -> list[RemovableHandle]:
+    """Hooks that leave out padding and, on the CPU, the vocabulary's logits of unlabelled positions."""
+    # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
+    # fused kernels stay in use, and bfloat16 gradients stay finite.
+    hooks = [model.register_forward_pre_hook(_without_mask, with_kwargs=True)]
+    if model.device.type == "cpu":  # TRL's head for GPUs takes the labelled positions itself
+        hooks += _head_on_labelled_positions(model)
+    return hooks
 
-    Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the fused
-    kernels stay in use, and bfloat16 gradients stay finite. The head is given the positions that have a label, and no other:
-    where it runs without Triton, TRL multiplies every position by the whole vocabulary.
-    """
+
+def _without_mask(module, args, kwargs):
+    return args, {**kwargs, "attention_mask": None}
+
+
+def _head_on_labelled_positions(model: PeftModel) -> list[RemovableHandle]:
+    """Gives TRL's head the hidden states that have a label, and those labels as already shifted."""
     labelled = None  # [rows, length - 1]: whether the position's next token is learned
 
     def before_model(module, args, kwargs):
         nonlocal labelled
         labels = kwargs.pop("labels")[:, 1:]
         labelled = labels != IGNORED
-        return args, {**kwargs, "attention_mask": None, "shift_labels": labels[labelled][None]}
+        return args, {**kwargs, "shift_labels": labels[labelled][None]}
 
     def after_backbone(module, args, output):
         output.last_hidden_state = output.last_hidden_state[:, :-1][labelled][None]

@@ -135,7 +135,7 @@ def test_what_the_loss_does_not_need_is_left_out_and_not_missed(train, monkeypat
     trained = sum(label != -100 for row in lean[2].train_dataset for label in row["labels"])
     assert len(lean[3].positions) == 2 and sum(lean[3].positions) == trained, "the head saw what is trained on"
     assert not lean[2].model._forward_pre_hooks and not model.model._forward_hooks, "the hooks go when training is over"
-    monkeypatch.setattr(sft, "_leave_out_padding_and_prompts", lambda model: [])
+    monkeypatch.setattr(sft, "_spare_what_the_loss_ignores", lambda model: [])
     model, seen = masks_seen()
     plain = train(settings=tiny_sft(), model=model, name="plain")
     assert len(seen) == 2 and all((mask == 0).any() for mask in seen), "there is padding"
