@@ -49,6 +49,7 @@ def test_alike_numbers() -> None:
     assert alike(20) == [*range(10, 20), *range(21, 41)]
     assert alike(4) == [3, 5, 6, 7, 8]  # 2 is too small
     assert alike(7) == [4, 5, 6, 8, 9]  # 14 has two digits
+    assert alike(12) == [10, 11, *range(13, 25)]  # 6 to 9 have one
     assert alike(300) == [*range(150, 300, 10), *range(310, 601, 10)]
     assert len(alike(5432)) == TRIES == 60 and min(alike(5432)) >= 2716 and max(alike(5432)) <= 9999
     assert _alike(5432, random.Random(0)) != _alike(5432, random.Random(1))
@@ -78,6 +79,29 @@ def test_values_stay_within_a_factor_of_three_and_whole(old: Fraction, new: Frac
     assert _alike_value(Fraction(old), Fraction(new)) is alike
 
 
+@pytest.mark.parametrize(("question", "answer", "may_change"), [
+    # 20 stands twice: to change one of them alone would contradict the other
+    ("Ann has 20 pens. Of her 20 pens she gives 5 away. How many are left?", "<<20-5=15>>15\n#### 15", {"5"}),
+    ("Ann has 20 pens and gives 5 away. How many are left?", "<<20-5=15>>15\n#### 15", {"20", "5"}),
+])
+def test_only_a_number_that_stands_once_changes(question: str, answer: str, may_change: set[str]) -> None:
+    found = [make_counterfactual(question, answer, seed) for seed in range(40)]
+    assert {each.changed_from for each in found} == may_change
+
+
+def test_a_new_number_is_none_that_the_question_has() -> None:
+    # 6 and 8 stand twice, so only 7 may change; between them there is no room, and the order gives way
+    question = "Ann has 6 pens, 7 clips and 8 caps. She sorts the 6 pens and 8 caps. How many things has she?"
+    found = [make_counterfactual(question, "<<6+7+8=21>>21\n#### 21", seed) for seed in range(60)]
+    assert {(each.changed_from, each.changed_to) for each in found} == {("7", "4"), ("7", "5"), ("7", "9")}
+
+
+@pytest.mark.parametrize("value", ["23", "25"])
+def test_a_chain_whose_calculation_is_wrong_is_none(value: str) -> None:
+    assert read_chain("<<3*8=24>>24, <<20+1=21>>21\n#### 21") is not None
+    assert read_chain(f"<<3*8={value}>>{value}, <<20+1=21>>21\n#### 21") is None
+
+
 def test_two_new_numbers_are_never_the_same() -> None:
     question, answer = "Ann has 3 pens and 4 clips. How many things has she?", "<<3+4=7>>7\n#### 7"
     found = [make_counterfactual(question, answer, seed, numbers=2) for seed in range(200)]
@@ -102,6 +126,7 @@ def test_magnitude_stays_alike() -> None:
     ("Ann works 7 days a week, how many in 2 weeks?", "<<7*2=14>>14\n#### 14"),  # a fact, and implied by 'week'
     ("Ann has 20 pens, gives 5, gets some. Now?", "She had 15.\n<<15+9=24>>24\n#### 24"),  # 15 and 9 out of nowhere
     ("Ann has 20 pens and 30 clips and 9 cats. Pens and clips?", "<<20+30=50>>50\n#### 50"),  # 9 is left aside
+    ("Ann has 20 pens and 30 clips and 0 cats. Pens and clips?", "<<20+30=50>>50\n#### 50"),  # and here 0
     ("Ann has 20 pens", "no calculation\n#### 20"), ("Ann has 20 pens", "<<20*2=41>>41\n#### 41"),
     ("Ann has 20 pens", "<<2x=4>>4\n#### 4"),
     # used twice in one calculation
