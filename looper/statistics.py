@@ -1,10 +1,10 @@
 """How sure a figure is, and whether two models differ: an interval, an exact test and a paired bootstrap."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest, norm
 
 CONFIDENCE = 0.95
 
@@ -36,8 +36,11 @@ def wilson(successes: int, n: int) -> Interval:
     """
     if n < 1:
         raise ValueError("a share of no questions has no interval: give at least one question")
-    ends = binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(successes / n, float(ends.low), float(ends.high))
+    # Written out, because every evaluation needs it and importing scipy.stats takes a second
+    share, z = successes / n, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def mcnemar(old: Sequence[bool], new: Sequence[bool]) -> McNemar:
@@ -45,6 +48,8 @@ def mcnemar(old: Sequence[bool], new: Sequence[bool]) -> McNemar:
 
     old, new: one outcome a question, the same questions in the same order. Without a differing question p is 1.
     """
+    from scipy.stats import binomtest
+
     _same_questions(old, new)
     gained = sum(after and not before for before, after in zip(old, new, strict=True))
     lost = sum(before and not after for before, after in zip(old, new, strict=True))
@@ -73,7 +78,8 @@ def detectable_difference(discordant: int, n: int, power: float = 0.8) -> float:
     discordant: questions of the n on which the two models differ. (z₀.₉₇₅ + z_power)·√discordant / n: Connor 1987, to
     first order. Where none differ, one is assumed.
     """
-    return float(norm.ppf((1 + CONFIDENCE) / 2) + norm.ppf(power)) * max(discordant, 1) ** 0.5 / n
+    quantile = NormalDist().inv_cdf
+    return (quantile((1 + CONFIDENCE) / 2) + quantile(power)) * max(discordant, 1) ** 0.5 / n
 
 
 def _same_questions(old: Sequence, new: Sequence) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from looper.statistics import detectable_difference, mcnemar, paired_bootstrap, wilson
 
@@ -21,6 +22,12 @@ def test_wilson_against_the_written_out_formula():
     middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     assert wilson(3, 10) == pytest.approx((0.3, middle - half, middle + half), abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (1, 2), (11, 60), (395, 1319), (1319, 1319), (0, 1319)])
+def test_wilson_against_scipy(successes, n):
+    ends = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert wilson(successes, n) == pytest.approx((successes / n, ends.low, ends.high), abs=1e-12)
 
 
 def test_wilson_at_the_ends():
