@@ -55,9 +55,13 @@ def base_digest(folder: Path) -> str:
 
     Raises ValueError with both hashes of the first file that differs.
     """
+    _require_manifest(folder)
+    return digest(check_files(folder, MANIFEST, f"bring it back: dvc checkout {folder}, or dvc repro --force base"))
+
+
+def _require_manifest(folder: Path) -> None:
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; bring the base model here: dvc repro base, or dvc pull {folder}")
-    return digest(check_files(folder, MANIFEST, f"bring it back: dvc checkout {folder}, or dvc repro --force base"))
 
 
 def check_files(folder: Path, card: str, advice: str) -> dict[str, str]:
@@ -74,8 +78,10 @@ def check_files(folder: Path, card: str, advice: str) -> dict[str, str]:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer. Raises ValueError if the base is not there."""
     from transformers import AutoTokenizer
 
+    _require_manifest(folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

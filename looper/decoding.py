@@ -258,7 +258,7 @@ class Decoder:
         return torch.tensor(list(values), dtype=torch.long, device=self.device)
 
     def start(self, rows: int, seed: int, sampling: bool, beginning: Sequence[int] = ()) -> None:
-        """Begins a new set of rows: their random numbers depend on (seed, row, token) and on nothing else.
+        """Begins a new set of rows: their random numbers depend on the seed, the set's size, the row and the token.
 
         beginning: tokens that every prompt of the set begins with, and has more after; they are computed here, once.
         """

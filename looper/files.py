@@ -52,6 +52,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """Raises ValueError if the file is missing or no JSON."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} is not here; run the stage that writes it (dvc repro), or bring it back (dvc pull)")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -212,7 +212,8 @@ def round_of(rounds: dict[str, Round], name: str) -> Round:
 def load_params(path: Path = PARAMS) -> Params:
     """Reads and checks the whole file.
 
-    Raises ValueError whose text holds every error, one a line: `section.key: what is wrong, found …`.
+    Raises ValueError whose text holds every error, one a line: `section.key: what is wrong, found …`; how settings fit
+    together is checked once each of them is right.
     """
     if not path.exists():
         raise ValueError(f"{path} is not here; run from the repository's root, or bring it back: git checkout {path}")
@@ -237,12 +238,23 @@ def parse(text: str | bytes) -> object:
 
 def check(content: object, where: str) -> Params:
     """The typed params of a parsed file; `where` names it in errors. Raises as `load_params` does."""
+    unquoted = [f"  {path}: write the key as text: '{path.split('.')[-1]}'" for path in _other_keys(content)]
+    if unquoted:  # JSON would turn them into text, and DVC, which reads the file too, would not
+        raise ValueError(f"{where} has {len(unquoted)} error(s); nothing was run\n" + "\n".join(unquoted))
     try:
         # As JSON, where strict pydantic still reads an object into a dataclass: regime_w's settings know no pydantic
         return Params.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         lines = [f"  {_path(each['loc'])}: {text}" for each in error.errors() for text in _text(each).splitlines()]
         raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
+
+
+def _other_keys(content: object, above: str = "") -> list[str]:
+    """The dotted paths of keys that are no text."""
+    if not isinstance(content, dict):
+        return []
+    return [path for key, value in content.items()
+            for path in [*([] if isinstance(key, str) else [f"{above}{key}"]), *_other_keys(value, f"{above}{key}.")]]
 
 
 def _path(location: tuple[int | str, ...]) -> str:

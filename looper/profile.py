@@ -32,8 +32,13 @@ def overlay(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(each.stem for each in PROFILES.glob("*.yaml")))
         raise ValueError(f"no profile {name!r}; there are: {known}")
     values = _yaml().load(path)
-    below = values.pop("extends", None)
-    return _merge(overlay(below), values) if below else values
+    if not (name := values.pop("extends", None)):
+        return values
+    below = overlay(name)
+    for section in WHOLE:
+        if section in values:
+            below.pop(section)
+    return _merge(below, values)
 
 
 def apply(name: str, params: str) -> str:

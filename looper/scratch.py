@@ -66,6 +66,11 @@ def inputs_hash(stage: str) -> str:
 
 
 def _identity(dep: Path) -> Path:
+    if not dep.exists():
+        raise ValueError(f"{dep} is not here; run the stage that writes it (dvc repro), or bring it back: dvc pull {dep}")
     if not dep.is_dir():
         return dep
-    return next(path for path in (dep / CARD, dep / MANIFEST) if path.exists())
+    for path in (dep / CARD, dep / MANIFEST):
+        if path.exists():
+            return path
+    raise ValueError(f"{dep} holds neither {CARD} nor {MANIFEST}; bring it back: dvc checkout {dep}")

@@ -4,6 +4,7 @@ Reads models/base, models/sft_lora, data/dev.jsonl, data/counterfactuals.jsonl a
 `dev_eval`. Writes metrics/dev.json.
 """
 
+import gc
 from pathlib import Path
 
 from looper.params import load_params
@@ -31,7 +32,8 @@ def main() -> None:
             model = load_for_generation(BASE, adapter, params.model)
             metrics[name] = dev_metrics(model, tokenizer, template, rows, counterfactuals, params.eval, folder / name,
                                         f"dev {name}")
-            del model  # its memory, before the next one is loaded
+            del model
+            gc.collect()  # its memory, before the next one is loaded
         write_json(Path("metrics/dev.json"), metrics)
     for name, each in metrics.items():
         print(f"dev accuracy of {name}: {each['accuracy']['value']:.1%}")

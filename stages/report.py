@@ -1,7 +1,8 @@
 """Stage report: the comparison of Base, SFT and PPO that a person reads.
 
-Reads the predictions, the scored rollouts, the metrics and the training curves. Writes metrics/summary.json (what
-`dvc metrics diff` compares), metrics/plots/accuracy.json and reports/report.html, and prints the table.
+Reads the predictions, the metrics, and of the first round the scored rollouts and the training curves. Writes
+metrics/summary.json (what `dvc metrics diff` compares), metrics/plots/accuracy.json and reports/report.html, and prints
+the table.
 """
 
 from pathlib import Path
@@ -14,10 +15,10 @@ SFT, PPO = Path("metrics/live/sft/plots/metrics"), Path("metrics/live/ppo/plots/
 CURVES = {
     "SFT loss": SFT / "loss.tsv",
     "SFT gradient norm": SFT / "grad_norm.tsv",
-    "PPO policy loss": PPO / "policy_loss.tsv",
-    "PPO KL to SFT": PPO / "kl.tsv",
-    "PPO beta": PPO / "beta.tsv",
-    "PPO gradient norm": PPO / "grad_norm.tsv",
+    "PPO policy loss, round 1": PPO / "policy_loss.tsv",
+    "PPO KL to SFT, round 1": PPO / "kl.tsv",
+    "PPO beta, round 1": PPO / "beta.tsv",
+    "PPO gradient norm, round 1": PPO / "grad_norm.tsv",
 }
 
 

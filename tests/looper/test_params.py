@@ -210,5 +210,9 @@ def test_rounds_that_do_not_follow_one_another_are_an_error(rounds, final, error
     assert errors(rounds=rounds, final=final)[1:] == [f"  the file: {error}"]
 
 
+def test_a_round_whose_name_is_a_number_is_an_error_at_once():
+    assert errors(rounds={1: ROUND})[1:] == ["  rounds.1: write the key as text: '1'"]
+
+
 def test_a_suffix_cannot_leave_the_folder():
     assert "rounds.1.suffix" in errors(rounds={"1": ROUND | {"suffix": "/../x"}}, final="models/ppo_regime_w")[1]

@@ -1,10 +1,14 @@
 """The scratch folder: the same inputs find it again, any other input does not; gone when the stage is done."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from looper.files import write_json
+from looper.pipeline import resolved_stages
 from looper.scratch import SCRATCH, inputs_hash, last_checkpoint, scratch
 
 DVC = """
@@ -104,10 +108,22 @@ def test_it_reads_the_repositorys_own_dvc_yaml(monkeypatch):
     Path("dvc.yaml").write_text((root / "dvc.yaml").read_text())
     Path("params.yaml").write_text((root / "params.yaml").read_text())
     monkeypatch.setattr("looper.scratch.sha256", lambda path: str(path))
+    monkeypatch.setattr("looper.scratch._identity", lambda path: path)
     for folder in ("models/sft_lora", "models/ppo_regime_w"):
         write_json(Path(folder, "card.json"), {})
-    names = ["sft", "dev_eval", "rollouts@1", "ppo@1", "dev_ppo", "eval@base", "eval@sft", "eval@ppo"]
-    assert len({inputs_hash(name) for name in names}) == len(names)
+    using = {file.stem for file in (root / "stages").glob("*.py") if re.search(r"\bscratch\(", file.read_text())}
+    stages = resolved_stages(yaml.safe_load(Path("dvc.yaml").read_text()), yaml.safe_load(Path("params.yaml").read_text()))
+    names = [name for name in stages if name.partition("@")[0] in using]
+    assert len(names) == 9 and len({inputs_hash(name) for name in names}) == len(names)
+
+
+def test_a_missing_input_is_named():
+    shutil.rmtree("models/ppo")
+    with pytest.raises(ValueError, match="models/ppo is not here; .*dvc pull models/ppo"), scratch("eval@ppo"):
+        pass
+    Path("models/ppo").mkdir()
+    with pytest.raises(ValueError, match="models/ppo holds neither card.json nor manifest.json"), scratch("eval@ppo"):
+        pass
 
 
 def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path):
