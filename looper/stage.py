@@ -1,5 +1,6 @@
 """What every stage does around its work: `--help`, the hub switched off, errors as one clear text and exit 2."""
 
+import gc
 import os
 import re
 import sys
@@ -40,6 +41,7 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
         usage = " ".join([f"python -m stages.{name}", *arguments])
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
     os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
+    gc.set_threshold(10_000, 10, 10)  # importing PyTorch makes a million objects, and no garbage
     started = time.perf_counter()
     try:
         main(*given)
@@ -52,6 +54,7 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
             raise
         sys.exit(_fail(text))
     print(f"{' '.join([name, *given])}: {time.perf_counter() - started:.1f} s", flush=True)
+    gc.freeze()  # the process ends here: looking through all that PyTorch loaded for garbage takes another second
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
-    """A source folder, as prepare's `folder` source reads it: safetensors and tokenizer, no manifest."""
+    """A source folder, as base's `folder` source reads it: safetensors and tokenizer, no manifest."""
     tiny_model(seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

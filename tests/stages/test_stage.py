@@ -1,5 +1,6 @@
 """What surrounds every stage: help, usage, the hub switched off, errors that help."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,6 +20,10 @@ HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "scipy", "matplotli
 def environment(monkeypatch):
     for name in stage.PRIVATE | stage.TORCH | stage.OFFLINE:
         monkeypatch.setenv(name, "")  # restored afterwards: run() writes into os.environ
+    threshold = gc.get_threshold()
+    yield
+    gc.set_threshold(*threshold)
+    gc.unfreeze()
 
 
 def test_help_of_every_stage_is_its_docstring_and_imports_nothing_heavy(tmp_path):
