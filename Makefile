@@ -10,6 +10,9 @@ export DVC_NO_ANALYTICS := 1
 export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
+# One process a core up to four, each on one thread.
+QUICK := OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4
+
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-unit clean
 
@@ -28,10 +31,11 @@ repro: setup ## run the pipeline: every stage whose inputs changed, then the tab
 	dvc repro
 
 test: setup ## all tests: unit, contracts, and the pipeline on a tiny model
-	python -m pytest
+	$(QUICK)
+	python -m pytest -m slow
 
 test-unit: setup ## the quick tests alone
-	python -m pytest -m "not slow"
+	$(QUICK)
 
 clean: ## remove the scratch folder of killed runs and the virtual environment
 	rm -rf .scratch $(VENV)
