@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,16 @@ ALL = ["base", "prepare", "targets", "sft", "dev_eval", "rollouts@1", "score@1",
        "report"]
 
 
-def run(folder: Path, *command: str) -> str:
-    """What `command` prints, run in `folder` with this interpreter's programs first on the path."""
+def environment(folder: Path) -> dict[str, str]:
+    """For commands run in `folder`: this interpreter's programs come first on the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, *command: str) -> str:
+    """What `command` prints, run in `folder`."""
+    done = subprocess.run(command, cwd=folder, env=environment(folder), text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}"
     return done.stdout
 
@@ -125,6 +132,33 @@ def test_a_second_round_starts_from_the_first_and_does_not_repeat_it(project):
     asked = [{json.loads(line)["id"] for line in (project / f"data/rollouts{suffix}.jsonl").read_text().splitlines()}
              for suffix in ("", "_2")]
     assert len(asked[0]) == len(asked[1]) == 4 and not asked[0] & asked[1]
+    (project / "params.yaml").write_text(before)
+    run(project, "git", "checkout", "--quiet", ".")
+    run(project, "dvc", "checkout", "--quiet")
+
+
+def test_a_killed_stage_goes_on_where_it_was_and_makes_the_same_adapter(project):
+    before = (project / "params.yaml").read_text()
+    change(project, "sft", "epochs", 16)
+    with subprocess.Popen(["dvc", "repro", "sft"], cwd=project, env=environment(project), start_new_session=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        deadline = time.monotonic() + 120
+        while not (kept := sorted(project.glob(".scratch/sft-*/checkpoints/checkpoint-*/trainer_state.json"))):
+            assert killed.poll() is None and time.monotonic() < deadline, "the stage ended before its first checkpoint"
+            time.sleep(0.02)
+        os.killpg(killed.pid, signal.SIGKILL)
+    assert not (project / "models" / "sft_lora").exists()
+    # What goes on counts on from the checkpoint: with its history marked, the mark shows in what the stage logs
+    state = json.loads(kept[-1].read_text())
+    state["log_history"][0]["loss"] = 77.0
+    kept[-1].write_text(json.dumps(state))
+    assert rerun(project, "dvc", "repro", "sft") == {"sft"}
+    assert "77.0" in (project / "metrics/live/sft/plots/metrics/loss.tsv").read_text().split("\n")[1]
+    assert not list(project.glob(".scratch/sft-*"))
+    adapter = project / "models/sft_lora/adapter_model.safetensors"
+    went_on = adapter.read_bytes()
+    assert rerun(project, "dvc", "repro", "--force", "--single-item", "--no-run-cache", "sft") == {"sft"}
+    assert adapter.read_bytes() == went_on
     (project / "params.yaml").write_text(before)
     run(project, "git", "checkout", "--quiet", ".")
     run(project, "dvc", "checkout", "--quiet")
