@@ -97,10 +97,11 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     if model.quantization == "nf4":
         quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                           bnb_4bit_compute_dtype=dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, device_map={"": model.device}, local_files_only=True,
+    # Of several GPUs the current one: each of several processes has its own (looper.distributed)
+    device = f"cuda:{torch.cuda.current_device()}" if model.device == "cuda" else model.device
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
         use_safetensors=True, attn_implementation="sdpa")
-    return loaded
 
 
 def compute_dtype(model: Model) -> "torch.dtype":

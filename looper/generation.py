@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from looper.decoding import Decoder, decoding_mode
+from looper.distributed import agreed, gathered, rank, share, world
 from looper.files import sha256_text, write_text
 
 CUDA_POLL = 8  # steps between two looks at which rows have finished: each look waits for the device
@@ -96,6 +97,9 @@ def generate_in_chunks(
     requests or settings is generated anew. Each chunk has its own seed, so the result does not depend on
     interruptions. The model is not part of a chunk's identity: key scratch_dir by what determines it. A chunk ends
     with a shrinking batch, so it should be several times batch_size: 4 times, unless chunk_size says otherwise.
+
+    Several processes divide the chunks, which are what they are in one process, and each returns all completions. Fewer
+    chunks than processes leave some of these idle: lower batch_size where one chunk holds all requests.
     """
     _check(model, requests, [max_new_tokens] * len(requests), batch_size)
     chunk_size = 4 * batch_size if chunk_size is None else chunk_size
@@ -106,16 +110,20 @@ def generate_in_chunks(
     settings = {"max_new_tokens": max_new_tokens, "eos_token_ids": sorted(eos_token_ids), "batch_size": batch_size}
     identities = [_identity(chunk, settings | {"seed": seed}) for chunk, seed in zip(chunks, seeds)]
     paths = [Path(scratch_dir) / f"chunk-{index:05}.jsonl" for index in range(len(chunks))]
-    finished = [_read_chunk(path, identity) for path, identity in zip(paths, identities)]
-    missing = [index for index, completions in enumerate(finished) if completions is None]
-    if missing:
+    # As the first process finds them: it may have been faster than another was to look
+    finished = agreed([_read_chunk(path, identity) for path, identity in zip(paths, identities)])
+    mine = share([index for index, completions in enumerate(finished) if completions is None])
+    if mine:
         done = sum(len(completions) for completions in finished if completions is not None)
         with decoding_mode(model), _Bar(progress, len(requests), done) as bar:
             decoder = _decoder(model, requests, chunk_size, max_new_tokens, eos_token_ids, batch_size)
-            for index in missing:
+            for index in mine:
                 limits = [max_new_tokens] * len(chunks[index])
                 finished[index] = _run(decoder, chunks[index], limits, eos_token_ids, seeds[index], bar.add)
                 _write_chunk(paths[index], identities[index], finished[index])
+    for made in gathered({index: finished[index] for index in mine}):
+        for index, completions in made.items():
+            finished[index] = completions
     return [completion for completions in finished for completion in completions]
 
 
@@ -278,10 +286,14 @@ def _read_chunk(path: Path, identity: str) -> list[Completion] | None:
 
 
 class _Bar:
-    """A progress bar over rows, with tokens/s; rows that an earlier run finished count as done but not as speed."""
+    """A progress bar over rows, with tokens/s; rows that an earlier run finished count as done but not as speed.
+
+    Of several processes the first shows one, as if the others were as far as it is.
+    """
 
     def __init__(self, label: str | None, rows: int, done: int = 0):
-        self.bar = tqdm(total=rows, initial=done, desc=label, unit="row", disable=label is None, mininterval=1.0)
+        hidden = label is None or rank() > 0
+        self.bar = tqdm(total=rows, initial=done, desc=label, unit="row", disable=hidden, mininterval=1.0)
         self.tokens, self.begun = 0, time.monotonic()
 
     def __enter__(self) -> "_Bar":
@@ -291,7 +303,7 @@ class _Bar:
         self.bar.close()
 
     def add(self, rows: int, tokens: int) -> None:
-        self.tokens += tokens
+        self.tokens += tokens * world()
         rate = self.tokens / max(time.monotonic() - self.begun, 1e-9)
         self.bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(rows)
+        self.bar.update(min(rows * world(), self.bar.total - self.bar.n) if world() > 1 else rows)

@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from looper.distributed import rank
 from looper.files import replacing
 from looper.ppo_data import PPOSample, earns_alike, samples_from_rows
 from looper.ppo_policy import PolicyWithValue
@@ -23,14 +24,15 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
 
     model: base + SFT adapter, loaded with is_trainable=True, on its device. It is the reference too, as it comes in.
     scratch: an untracked folder of this run's inputs alone. A killed run goes on from its last checkpoint there; the
-    caller removes it when the outputs are stored.
+    caller removes it when the outputs are stored. Every process of several returns the same; the first writes.
     Raises NonFiniteError (a ValueError) if a loss or gradient is not finite, ValueError for a model it cannot train.
     """
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
     trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    with replacing(value_head_path) as temporary:
-        save_file(trainer.model.value_head.state_dict(), temporary)
+    if rank() == 0:
+        with replacing(value_head_path) as temporary:
+            save_file(trainer.model.value_head.state_dict(), temporary)
     return summary(trainer)
 
 

@@ -1,10 +1,13 @@
 """Offline PPO on `transformers.Trainer`: one Trainer step is one mini-batch, so that clipping of the gradient, logging,
-checkpoints and resume are the Trainer's own. docs/metrics.md defines what is logged."""
+checkpoints and resume are the Trainer's own. docs/metrics.md defines what is logged.
+
+Several processes divide the rows of each mini-batch; what does not touch the model, each computes for all rows."""
 
 import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,11 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from looper import ppo_math
+from looper.distributed import rank, share, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
 from looper.ppo_policy import PolicyWithValue
@@ -54,10 +59,10 @@ class OfflinePPOTrainer(Trainer):
             learning_rate=settings.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch",
             max_grad_norm=settings.max_grad_norm, train_sampling_strategy="sequential", logging_strategy="no",
             save_strategy="no", save_total_limit=1, logging_nan_inf_filter=False, remove_unused_columns=False,
-            report_to="none", seed=settings.seed, use_cpu=device.type == "cpu", dataloader_pin_memory=False)
-        if arguments.world_size > 1:
-            raise ValueError(f"ppo: started as {arguments.world_size} processes, it runs in one: leave out torchrun")
+            report_to="none", seed=settings.seed, use_cpu=device.type == "cpu", dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False)
         arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in sight must not turn into DataParallel
+        model.value_head.requires_grad_(settings.credit == "question")  # arm credit has no critic
         self.samples, self.settings, self.folder = samples, settings, folder
         self.plan = plan_steps(len(samples), settings)
         self.kl = ppo_math.AdaptiveKLController(settings.kl.initial, settings.kl.target, settings.kl.horizon)
@@ -73,6 +78,9 @@ class OfflinePPOTrainer(Trainer):
             # first guess.
             torch.nn.init.constant_(model.value_head.bias, sum(sample.reward for sample in samples) / len(samples))
         self.reference = self._reference_logprobs()
+
+    def get_train_dataloader(self) -> DataLoader:
+        return undivided(super().get_train_dataloader())
 
     # ---- before training: the reference ----
 
@@ -91,24 +99,26 @@ class OfflinePPOTrainer(Trainer):
                 for i, row in zip(step.batch, logprobs, strict=True):
                     found[i] = row[:len(self.samples[i].response_ids)].cpu()
         reference = [found[i] for i in range(len(self.samples))]
-        with replacing(path) as temporary:
-            save_file({key: torch.cat(reference)}, temporary)
+        if rank() == 0:
+            with replacing(path) as temporary:
+                save_file({key: torch.cat(reference)}, temporary)
         return reference
 
     @torch.no_grad()
     def _evaluate_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probabilities and values of a PPO batch's samples under the present policy, each [B, T]."""
-        logprobs, values = [], []
-        for rows in mini_batches(indices, self.settings):
-            tokens = collate([self.samples[i] for i in rows], self.args.device)
-            row_logprobs, row_values, _ = self.model(tokens)
-            logprobs += list(row_logprobs)
-            values += list(row_values)
-            if not row_logprobs.isfinite().all():
-                raise self._non_finite("log-probability", rows)
         longest = max(len(self.samples[i].response_ids) for i in indices)
-        return tuple(torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-                     for rows in (logprobs, values))
+        logprobs, values = torch.zeros(2, len(indices), longest, device=self.args.device)
+        for rows in mini_batches(range(len(indices)), self.settings):
+            if rows := list(share(rows)):
+                tokens = collate([self.samples[indices[row]] for row in rows], self.args.device)
+                width = tokens.mask.shape[1]
+                logprobs[rows, :width], values[rows, :width], _ = self.model(tokens)
+        total(logprobs), total(values)  # each row stands in one process, and is 0 in the others
+        for rows in mini_batches(range(len(indices)), self.settings):
+            if not logprobs[list(rows)].isfinite().all():
+                raise self._non_finite("log-probability", [indices[row] for row in rows])
+        return logprobs, values
 
     # ---- one PPO batch ----
 
@@ -167,24 +177,35 @@ class OfflinePPOTrainer(Trainer):
                      num_items_in_batch: Any = None) -> Tensor:
         """The loss of one mini-batch: the clipped surrogate, plus the weighted value loss under question credit."""
         step, settings = self.plan[inputs["step"]], self.settings
-        indices = [step.batch[row] for row in step.rows]
-        tokens = collate([self.samples[i] for i in indices], self.args.device)
+        rows, weight = self._share_of(step)
+        tokens = collate([self.samples[step.batch[row]] for row in rows], self.args.device)
         width = tokens.mask.shape[1]
-        batch = Batch(*(tensor[list(step.rows), :width] for tensor in self.batch))
+        batch = Batch(*(tensor[rows, :width] for tensor in self.batch))
         logprobs, values, entropies = model(tokens)
         weights = batch.weights if settings.off_policy == "truncated_is" else None
         policy = ppo_math.policy_loss(logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip_low,
                                       settings.clip_high, weights)
         loss = policy.loss
-        self._add(policy_loss=policy.loss.item(), clip_fraction=policy.clip_fraction.item(),
-                  approx_kl=policy.approx_kl.item(), entropy=ppo_math.masked_mean(entropies, batch.mask).item())
+        means = {"policy_loss": policy.loss, "clip_fraction": policy.clip_fraction, "approx_kl": policy.approx_kl,
+                 "entropy": ppo_math.masked_mean(entropies, batch.mask)}
         if settings.credit == "question":
             value = ppo_math.value_loss(values, batch.old_values, batch.returns, batch.mask, settings.value_clip)
             loss = loss + settings.value_coef * value.loss
-            self._add(value_loss=value.loss.item(), value_clip_fraction=value.clip_fraction.item())
-        if not loss.isfinite():
-            raise self._non_finite("loss", indices)
-        return loss
+            means |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
+        whole = total(torch.tensor([weight * mean.item() for mean in [*means.values(), loss]], dtype=torch.float64)).tolist()
+        if not isfinite(whole.pop()):
+            raise self._non_finite("loss", [step.batch[row] for row in step.rows])
+        self._add(**dict(zip(means, whole, strict=True)))
+        return loss * (weight * world())  # the gradients' mean over the processes is then that of the whole mini-batch
+
+    def _share_of(self, step: Step) -> tuple[list[int], float]:
+        """This process's rows of a mini-batch, and what part of its tokens they hold. One that has none takes the first
+        row for nothing: the others wait for its gradients."""
+        def tokens(rows: Sequence[int]) -> int:
+            return sum(len(self.samples[step.batch[row]].response_ids) for row in rows)
+
+        rows = list(share(step.rows))
+        return rows or [step.rows[0]], tokens(rows) / tokens(step.rows)
 
     def _non_finite(self, what: str, indices: Sequence[int]) -> NonFiniteError:
         names = ", ".join(self.samples[i].id for i in indices)
@@ -222,6 +243,8 @@ class OfflinePPOTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if rank():  # the Trainer asks every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(get_peft_model_state_dict(self.model.policy, save_embedding_layers=False), folder / ADAPTER)

@@ -14,6 +14,7 @@ import yaml
 
 from looper.adapters import CARD
 from looper.base_model import MANIFEST
+from looper.distributed import barrier, rank
 from looper.files import sha256
 from looper.params import PARAMS, parse
 from looper.pipeline import lookup, resolved_stages
@@ -26,15 +27,19 @@ def scratch(stage: str) -> Iterator[Path]:
     """The scratch folder of `stage` (a name in dvc.yaml, such as "sft" or "eval@ppo").
 
     It is kept when the block ends with an error and removed when the stage is done. The same inputs give the same
-    folder; folders of this stage for other inputs are removed at the start: nobody will go on with them.
+    folder; folders of this stage for other inputs are removed at the start: nobody will go on with them. Several
+    processes share one folder, whatever their number was before a kill.
     """
     folder = SCRATCH / f"{stage}-{inputs_hash(stage)}"
-    for other in SCRATCH.glob(f"{stage}-*"):
-        if other != folder:
-            shutil.rmtree(other)
-    folder.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        for other in SCRATCH.glob(f"{stage}-*"):
+            if other != folder:
+                shutil.rmtree(other)
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
     yield folder
-    shutil.rmtree(folder)
+    if rank() == 0:
+        shutil.rmtree(folder)
 
 
 def last_checkpoint(scratch: Path) -> str | None:

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
 
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
+from trl import SFTTrainer as TRLTrainer
 
+from looper.distributed import rank, share, undivided, world
 from looper.live import LiveMetrics
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
@@ -19,21 +24,38 @@ from looper.scratch import last_checkpoint
 IGNORED = -100  # the label of a position that is not learned
 
 
+class SFTTrainer(TRLTrainer):
+    """TRL's, in which several processes divide the rows of each pass; TRL takes their losses' mean over all their tokens."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        if world() > 1:
+            self.data_collator = partial(_collate_share, self.data_collator)
+        return undivided(super().get_train_dataloader())
+
+
+def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], rows: list[dict]) -> dict[str, Any]:
+    """This process's rows of a pass. One that has none takes the first row with nothing to learn in it: its zeros belong
+    to the gradients' sum, for which the others wait."""
+    return collate(share(rows) or [{**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}])
+
+
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,
              scratch: Path, live: Path) -> tuple[Any, dict[str, Any]]:
     """Trains a new adapter on `rows`; returns (the PeftModel, metrics).
 
     scratch: the folder of checkpoints; training goes on from the last one there. live: the folder of live metrics.
+    Every process of several returns the same; dropout differs with their number, and so does what it makes.
     Raises ValueError for a row longer than sft.max_tokens (cutting it would cut the answer off), for a template whose end the
     tokenizer does not know, and for a loss or gradient that is not finite.
     """
     dataset = tokenize(tokenizer, template, rows, sft.max_tokens)
     on_gpu = model.device.type == "cuda"
     steps = max(1, round(sft.epochs * len(dataset) / sft.batch_size))
+    passes = passes_an_update(sft, world())
     arguments = SFTConfig(
         output_dir=str(scratch / "checkpoints"),
-        per_device_train_batch_size=sft.micro_batch,
-        gradient_accumulation_steps=sft.batch_size // sft.micro_batch,
+        per_device_train_batch_size=sft.batch_size // passes,  # of all processes together: see SFTTrainer
+        gradient_accumulation_steps=passes,
         num_train_epochs=sft.epochs,
         learning_rate=sft.learning_rate,
         lr_scheduler_type="cosine",
@@ -53,16 +75,26 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
         data_seed=sft.seed,
         report_to="none",
         dataloader_pin_memory=on_gpu,
+        ddp_find_unused_parameters=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in sight of one process must not turn into DataParallel
     lora = LoraConfig(task_type="CAUSAL_LM", r=sft.lora.r, lora_alpha=sft.lora.alpha, lora_dropout=sft.lora.dropout,
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
                          callbacks=[LiveMetrics(live), _OnlyFinite()])
     hooks = _spare_what_the_loss_ignores(trainer.model)
+    if rank():
+        torch.manual_seed(sft.seed + rank())  # other rows, other dropout
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     for hook in hooks:
         hook.remove()
     return trainer.model, _metrics(trainer, dataset)
+
+
+def passes_an_update(sft: Sft, processes: int) -> int:
+    """The fewest passes of equal size that make an update of batch_size rows, with at most micro_batch rows a process."""
+    return next(passes for passes in range(1, sft.batch_size + 1)
+                if sft.batch_size % passes == 0 and sft.batch_size <= passes * sft.micro_batch * processes)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], max_tokens: int) -> Dataset:

@@ -15,6 +15,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 # compiled: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has an adapter.
 TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
+# Seconds that a process leaves to the first one, which mostly meets the same error and says so: its end ends this process.
+OTHERS_MEET_IT = 5
+
 # What lowers a stage's need of GPU memory: first what leaves its result as it is.
 LESS_MEMORY = {
     "sft": "lower sft.micro_batch or set sft.gradient_checkpointing: true (the updates stay the same)",
@@ -79,5 +82,7 @@ def _out_of_memory(name: str, error: Exception) -> str | None:
 
 
 def _fail(text: str) -> int:
-    print(text, file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_MEET_IT)
+    print(text, file=sys.stderr, flush=True)
     return 2

@@ -7,6 +7,7 @@ Reads models/base, models/sft_lora, data/dev.jsonl, data/counterfactuals.jsonl a
 import gc
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params
 from looper.stage import run
 
@@ -15,6 +16,7 @@ BASE, ADAPTER = Path("models/base"), Path("models/sft_lora")
 
 def main() -> None:
     params = load_params()
+    start_processes(params.model)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.files import write_json
@@ -34,6 +36,7 @@ def main() -> None:
                                         f"dev {name}")
             del model
             gc.collect()  # its memory, before the next one is loaded
+        first_process_only()
         write_json(Path("metrics/dev.json"), metrics)
     for name, each in metrics.items():
         print(f"dev accuracy of {name}: {each['accuracy']['value']:.1%}")

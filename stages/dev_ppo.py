@@ -6,6 +6,7 @@ Reads models/base, the last round's adapter, data/dev.jsonl, data/counterfactual
 
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params
 from looper.stage import run
 
@@ -14,6 +15,7 @@ BASE = Path("models/base")
 
 def main() -> None:
     params = load_params()
+    start_processes(params.model)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.files import write_json
@@ -28,6 +30,7 @@ def main() -> None:
     with scratch("dev_ppo") as folder:
         template = TEMPLATES[params.model.template]
         metrics = dev_metrics(model, tokenizer, template, rows, counterfactuals, params.eval, folder, "dev ppo")
+        first_process_only()
         write_json(Path("metrics/dev_ppo.json"), {"ppo": metrics})
     print(f"dev accuracy of ppo: {metrics['accuracy']['value']:.1%}")
 

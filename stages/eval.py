@@ -7,6 +7,7 @@ Writes data/predictions/NAME.jsonl and metrics/eval_NAME.json.
 
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params
 from looper.stage import run
 
@@ -18,6 +19,7 @@ def main(name: str, adapter: str) -> None:
     if name not in NAMES:
         raise ValueError(f"there is no model {name!r} to compare; it must be one of {', '.join(NAMES)}")
     params = load_params()
+    start_processes(params.model)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.evaluation import evaluation_metrics
@@ -33,6 +35,7 @@ def main(name: str, adapter: str) -> None:
     with scratch(f"eval@{name}") as folder:
         template = TEMPLATES[params.model.template]
         predictions = predict(model, tokenizer, template, rows, params.eval, folder, f"test {name}")
+        first_process_only()
         write_jsonl(Path(f"data/predictions/{name}.jsonl"), predictions)
         write_json(Path(f"metrics/eval_{name}.json"), evaluation_metrics(predictions))
 

@@ -9,6 +9,7 @@ the round's suffix. A killed run goes on from its last checkpoint.
 from dataclasses import asdict
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params, round_of
 from looper.stage import run
 
@@ -18,6 +19,7 @@ BASE = Path("models/base")
 def main(name: str) -> None:
     params = load_params()
     this = round_of(params.rounds, name)
+    start_processes(params.model)
     from looper.adapters import load_trainable, save_adapter
     from looper.base_model import load_tokenizer
     from looper.files import sha256, write_json
@@ -36,6 +38,7 @@ def main(name: str) -> None:
         value_head = folder / VALUE_HEAD
         live = LiveMetrics(Path(f"metrics/live/ppo{this.suffix}"))
         metrics = train_ppo(model, samples, params.ppo, folder, value_head, [live])
+        first_process_only()
         card = {"data_sha256": sha256(rollouts), "start_sha256": sha256(start / "adapter_model.safetensors"),
                 "model": params.model.model_dump(), "ppo": asdict(params.ppo)}
         save_adapter(model, Path(this.adapter), BASE, card, beside=[value_head])

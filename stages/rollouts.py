@@ -7,6 +7,7 @@ after its last finished chunk.
 
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params, round_of
 from looper.stage import run
 
@@ -16,6 +17,7 @@ BASE = Path("models/base")
 def main(name: str) -> None:
     params = load_params()
     this = round_of(params.rounds, name)
+    start_processes(params.model)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.jsonl import read_jsonl, write_jsonl
@@ -30,6 +32,7 @@ def main(name: str) -> None:
     with scratch(f"rollouts@{name}") as folder:
         template = TEMPLATES[params.model.template]
         made = roll_out(model, tokenizer, template, rows, counterfactuals, params.rollouts, folder)
+        first_process_only()
         write_jsonl(Path(f"data/rollouts{this.suffix}.jsonl"), made)
 
 

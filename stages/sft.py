@@ -6,6 +6,7 @@ metrics/sft.json and the live metrics in metrics/live/sft. A killed run goes on 
 
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params
 from looper.stage import run
 
@@ -14,6 +15,7 @@ BASE, TARGETS, ADAPTER = Path("models/base"), Path("data/sft_targets.jsonl"), Pa
 
 def main() -> None:
     params = load_params()
+    start_processes(params.model)
     from looper.adapters import save_adapter
     from looper.base_model import load_base, load_tokenizer
     from looper.files import sha256, write_json
@@ -27,6 +29,7 @@ def main() -> None:
     with scratch("sft") as folder:
         trained, metrics = finetune(model, tokenizer, TEMPLATES[params.model.template], rows, params.sft, folder,
                                     Path("metrics/live/sft"))
+        first_process_only()
         card = {"data_sha256": sha256(TARGETS), "model": params.model.model_dump(), "sft": params.sft.model_dump()}
         save_adapter(trained, ADAPTER, BASE, card)
         write_json(Path("metrics/sft.json"), metrics)

@@ -6,6 +6,7 @@ Writes data/sft_targets.jsonl and metrics/targets.json. A killed run goes on aft
 
 from pathlib import Path
 
+from looper.distributed import first_process_only, start_processes
 from looper.params import load_params
 from looper.stage import run
 
@@ -20,16 +21,20 @@ def main() -> None:
 
     rows = read_jsonl(TRAIN, ROW)
     if params.sft.targets == "gold":
+        first_process_only()
         write(*gold_targets(rows))
         return
+    start_processes(params.model)
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.scratch import scratch
 
     model, tokenizer = load_for_generation(BASE, None, params.model), load_tokenizer(BASE)
     with scratch("targets") as folder:
-        write(*self_targets(model, tokenizer, TEMPLATES[params.model.template], rows, params.sft.self,
-                            params.sft.max_tokens, folder))
+        targets, metrics = self_targets(model, tokenizer, TEMPLATES[params.model.template], rows, params.sft.self,
+                                        params.sft.max_tokens, folder)
+        first_process_only()
+        write(targets, metrics)
 
 
 def write(targets: list[dict], metrics: dict) -> None:
