@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from regime_w.bandit import replay
 from regime_w.counterfactual import make_counterfactual
-from regime_w.rows import read_rows, write_rows
+from regime_w.rows import check_problem, check_scored, encode, map_rows, write_lines
 from regime_w.sample_rows import random_rows
 from regime_w.score import score_file
 
@@ -22,12 +23,17 @@ from regime_w.score import score_file
 def main(arguments: list[str]) -> int:
     """The exit status: 0, or 2 after an error, said in one line."""
     match arguments:
+        case ["-h" | "--help"]:
+            print(__doc__)
+            return 0
         case ["score", source, target]:
             run = lambda: score_file(Path(source), Path(target))  # noqa: E731
         case ["replay", source]:
-            run = lambda: replay([row for _, row in read_rows(Path(source))])  # noqa: E731
-        case ["bench", *count] if len(count) <= 1:
-            run = lambda: bench(int(*count or ["100000"]))  # noqa: E731
+            run = lambda: replay(map_rows(Path(source), check_scored))  # noqa: E731
+        case ["bench"]:
+            run = lambda: bench(100_000)  # noqa: E731
+        case ["bench", count] if count.isdecimal() and int(count):
+            run = lambda: bench(int(count))  # noqa: E731
         case ["counterfactuals", source]:
             run = lambda: counterfactual_share(Path(source))  # noqa: E731
         case _:
@@ -47,7 +53,7 @@ def bench(count: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "in.jsonl")
-        write_rows(source, random_rows(count))
+        write_lines(source, map(encode, random_rows(count)))
         started = time.process_time()
         score_file(source, Path(folder, "out.jsonl"))
         seconds = time.process_time() - started
@@ -57,7 +63,11 @@ def bench(count: int) -> dict[str, float]:
 
 def counterfactual_share(source: Path) -> dict[str, float]:
     """How many questions of a GSM8K file get a counterfactual (seed 0)."""
-    made = [make_counterfactual(row["question"], row["answer"], 0) is not None for _, row in read_rows(source)]
+    def gets_one(row: Any) -> bool:
+        check_problem(row)
+        return make_counterfactual(row["question"], row["answer"], 0) is not None
+
+    made = list(map_rows(source, gets_one))
     return {"questions": len(made), "counterfactuals": sum(made), "share": round(sum(made) / len(made), 4)}
 
 

@@ -1,5 +1,6 @@
 """The answers to one question, and Regime W's components of them."""
 
+from itertools import compress
 from typing import NamedTuple
 
 from regime_w.answers import canonical_answer
@@ -81,9 +82,7 @@ class AnswerSet(NamedTuple):
     def outcomes(self) -> tuple[Outcomes, Outcomes]:
         """Those of the two styles as parties. The question must have a counterfactual."""
         cf_correct = [answer == self.cf_gold for answer in self.cf_answers]
-        both = list(zip(self.styles, self.correct, cf_correct))
-        first, second = (
-            Outcomes(both.count((party, True, True)) + both.count((party, True, False)),
-                     both.count((party, True, True)) + both.count((party, False, True)), self.styles.count(party))
-            for party in PARTIES)
+        members = ([style == party for style in self.styles] for party in PARTIES)
+        first, second = (Outcomes(sum(compress(self.correct, arms)), sum(compress(cf_correct, arms)), sum(arms))
+                         for arms in members)
         return first, second

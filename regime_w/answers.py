@@ -4,6 +4,7 @@ Time is linear in the text: markers are searched from the end, and numbers are r
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
@@ -13,21 +14,36 @@ MAX_DIGITS, MAX_EXPONENT = 60, 30  # beyond these it is no answer, and exact ari
 
 # What typography, LaTeX and currencies put in, before or behind a number
 _REPLACE = [(old, new) for new, olds in {
-    "-": ("\u2212", "\u2013", "\uff0d"),
-    ",": ("{,}", "\\,", "\u2009", "\u202f", "\u00a0"),
+    "-": ("\u2212", "\u2013", "\u2011", "\uff0d", "\ufe63"),
+    "/": ("\u2044",),
+    ",": ("{,}",),
+    "\u2009": ("\\,", "\\;", "\\:", "\\ ", "~"),
     "": ("\\!", "\\$", "$", "€", "£", "**", "__", "\\left", "\\right"),
     "*": ("\\times", "\\cdot", "×"),
-    "\\frac": ("\\dfrac", "\\tfrac"),
-    " 1/2": ("½",), " 1/4": ("¼",), " 3/4": ("¾",),
+    "\\frac": ("\\dfrac", "\\tfrac", "\\cfrac"),
 }.items() for old in olds]
-_FRAC = re.compile(r"([0-9]?)\s?\\frac\s?(?:\{\s?([0-9,]+)\s?\}\s?\{\s?([0-9,]+)\s?\}|([0-9])([0-9]))")
+_VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+_TYPESET = [(re.compile(pattern), new) for pattern, new in (
+    (f"(?<=[0-9])(?=[{_VULGAR}])", " "),
+    (f"[{_VULGAR}]", lambda found: unicodedata.normalize("NFKC", found[0])),
+    ("(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda found: "^" + unicodedata.normalize("NFKC", found[0])),
+    (r"(?<=[0-9])\*\*(?=[0-9])", "^"),  # a power; any other ** is bold
+    (r"(?<=[A-Za-z}])\^\{?[0-9]\}?", ""),  # of a unit, as in m^2
+)]
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_SEPARATORS = ",\u00a0\u2007\u2009\u200a\u202f"
+_NO_SEPARATORS = dict.fromkeys(map(ord, _SEPARATORS))
+_DIGITS = rf"(?:[0-9]{{1,3}}(?:[{_SEPARATORS}][0-9]{{3}})+(?![0-9])|[0-9]+)"
+_DECIMAL = rf"{_DIGITS}(?:\.[0-9]+)?"
+_ARGUMENT = rf"\s?(?:\{{\s?([-+]?{_DECIMAL})\s?\}}|([0-9]))"
+_FRAC = re.compile(rf"(?:([0-9])\s?)?\\frac{_ARGUMENT}{_ARGUMENT}")
+_TEN = r"10\s?\^\s?\{?\s?"
 _NUMBER = re.compile(rf"""
     (?P<sign> (?<![\w.)\]}}]) [-+] )?
-    (?: (?: (?P<whole> {_DIGITS}) \s )? (?P<top> {_DIGITS}) \s?/\s? (?P<bottom> {_DIGITS}) (?! \.?[0-9])
-      | (?P<decimal> {_DIGITS} (?: \.[0-9]+ )? | (?<![A-Za-z0-9]) \.[0-9]+ )
-        (?: [eE] (?P<exponent> [-+]?[0-9]+) | \s?\*\s?10\s?\^\s?\{{?\s? (?P<power> [-+]?[0-9]+) )?
+    (?: (?: (?P<whole> {_DIGITS}) \s )? (?P<top> {_DECIMAL}) \s?/\s? (?P<bottom> {_DECIMAL}) (?! \.?[0-9])
+      | {_TEN} (?P<of_ten> [-+]?[0-9]+)
+      | (?P<decimal> {_DECIMAL} | (?<![A-Za-z0-9]) \.[0-9]+ )
+        (?: [eE] (?P<exponent> [-+]?[0-9]+) | \s?[*xX]\s?{_TEN} (?P<power> [-+]?[0-9]+) )?
     )""", re.VERBOSE)
 
 _ANSWER = re.compile(r"answer\s{0,3}(?:is\b|:|=)", re.IGNORECASE)
@@ -84,7 +100,7 @@ def parse_number(text: str) -> Fraction | None:
     Reads signs, thousands separators, decimals, fractions, mixed numbers, scientific notation, currencies and LaTeX;
     '%' and other units are left aside: '25%' is 25.
     """
-    return next(_numbers(text[:WINDOW]), None)
+    return next(_numbers(_beginning(text)), None)
 
 
 def canonical(number: Fraction) -> str:
@@ -160,7 +176,7 @@ def _after_marker(text: str) -> Fraction | None:
 
 def _in_box(text: str) -> Fraction | None:
     _, box, after = text.rpartition(BOX)
-    content, depth = after[:WINDOW] if box else "", 1
+    content, depth = _beginning(after) if box else "", 1
     for end, char in enumerate(content):
         depth += (char == "{") - (char == "}")
         if depth == 0:
@@ -176,16 +192,21 @@ def _after_answer_is(text: str) -> Fraction | None:
 
 
 def _last_number(text: str) -> Fraction | None:
-    end = max(text.rfind(digit) for digit in "0123456789½¼¾") + 1
+    end = max(text.rfind(digit) for digit in "0123456789" + _VULGAR) + 1
     number = None
-    for number in _numbers(text[max(0, end - WINDOW):end]):
+    for number in _numbers(text[max(0, end - WINDOW):end + 2]):  # with what closes \frac{1}{2}
         pass
     return number
 
 
+def _beginning(text: str) -> str:
+    """At most WINDOW characters; a number that would be cut is left out."""
+    return text if len(text) <= WINDOW else text[:WINDOW + 1].rstrip("0123456789.,/")[:WINDOW]
+
+
 def _sentence(text: str) -> str:
     """The first line or sentence that is not empty, of at most WINDOW characters."""
-    text = text[:WINDOW].lstrip(" \t\r\n:*")
+    text = _beginning(text).lstrip(" \t\r\n:*")
     end = _SENTENCE_END.search(text)
     return text[:end.start()] if end else text
 
@@ -209,6 +230,8 @@ def _numbers(text: str):
 
 
 def _clean(text: str) -> str:
+    for pattern, new in _TYPESET:
+        text = pattern.sub(new, text)
     for old, new in _REPLACE:
         if old in text:
             text = text.replace(old, new)
@@ -216,23 +239,26 @@ def _clean(text: str) -> str:
 
 
 def _plain_fraction(found: re.Match) -> str:
-    whole, top, bottom, digit_top, digit_bottom = found.groups()
-    return f"{whole}{' ' if whole else ''}{top or digit_top}/{bottom or digit_bottom}"
+    whole, *argument = found.groups(default="")
+    text = "{}{}/{}{}".format(*argument)
+    sign = "-" * (text.count("-") % 2)
+    return f"{whole}{' ' if whole else ''}{sign}{text.replace('-', '')}"
 
 
 def _read(found: re.Match) -> Fraction | None:
     if found.end() - found.start() > MAX_DIGITS:
         return None
-    part = {name: text.replace(",", "") for name, text in found.groupdict(default="").items()}
+    part = {name: text.translate(_NO_SEPARATORS) for name, text in found.groupdict(default="").items()}
+    exponent = int(part["exponent"] or part["power"] or part["of_ten"] or 0)
+    if abs(exponent) > MAX_EXPONENT:
+        return None
     if part["top"]:
-        if int(part["bottom"]) == 0:
+        bottom = Fraction(part["bottom"])
+        if bottom == 0:
             return None
-        value = int(part["whole"] or 0) + Fraction(int(part["top"]), int(part["bottom"]))
+        value = int(part["whole"] or 0) + Fraction(part["top"]) / bottom
     else:
-        exponent = int(part["exponent"] or part["power"] or 0)
-        if abs(exponent) > MAX_EXPONENT:
-            return None
-        value = Fraction(part["decimal"]) * Fraction(10) ** exponent
+        value = Fraction(part["decimal"] or 1) * Fraction(10) ** exponent
     return -value if part["sign"] == "-" else value
 
 

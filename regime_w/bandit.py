@@ -92,7 +92,7 @@ def update(posteriors: Sequence[Posterior], arm: int, right: bool) -> list[Poste
             for i, each in enumerate(posteriors)]
 
 
-def replay(rows: Sequence[dict], floor: float = FLOOR, repeats: int = 20, seed: int = 0) -> dict[str, Any]:
+def replay(rows: Iterable[dict], floor: float = FLOOR, repeats: int = 20, seed: int = 0) -> dict[str, Any]:
     """What each allocation would have earned on full, scored rollouts, one arm a question, against the best single arm.
 
     rows: of `score.score_row`, all with the same arms. The questions' order is shuffled anew in each repeat.
@@ -130,7 +130,7 @@ def _replay_once(table: np.ndarray, allocation: Allocation, floor: float, rng: n
         right = bool(row[arm])
         posteriors = update(posteriors, arm, right)
         earned += right
-        weighted += right / (arms * shares[arm]) if shares[arm] else 0.0
+        weighted += right / (arms * shares[arm])
         counts[arm] += 1
     return earned, weighted / questions, counts / questions
 
@@ -148,17 +148,17 @@ def _even_over_best(values: np.ndarray) -> np.ndarray:
     return best / best.sum()
 
 
-def _table(rows: Sequence[dict]) -> tuple[list[str], np.ndarray]:
+def _table(rows: Iterable[dict]) -> tuple[list[str], np.ndarray]:
     """(arm names, right or wrong as 1 or 0, shape (questions, arms))."""
-    if not rows:
-        raise ValueError("a replay needs scored rows, found none; score a rollouts file first")
-    names = [output["name"] for output in rows[0]["arm_outputs"]]
-    table = []
+    names, table = [], []
     for number, row in enumerate(rows, 1):
         outputs = row["arm_outputs"]
+        names = names or [output["name"] for output in outputs]
         if [output["name"] for output in outputs] != names or any("correct" not in output for output in outputs):
             raise ValueError(f"row {number}: a replay needs 'correct' for the same arms in every row; score it first")
         table.append([int(output["correct"]) for output in outputs])
+    if not table:
+        raise ValueError("a replay needs scored rows, found none; score a rollouts file first")
     return names, np.array(table)
 
 

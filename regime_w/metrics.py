@@ -36,12 +36,11 @@ class ScoreMetrics:
         outputs = row["arm_outputs"]
         share = sum(arms.correct) / len(arms.correct)
         leading = leading_answers(arms.answers)
-        right = next((answer for answer, correct in zip(arms.answers, arms.correct) if correct), None)
         self.questions += 1
         self.mean_right += share
         self.any_right += share > 0
         self.mixed += 0 < share < 1
-        self.majority_right += (right in leading) / max(1, len(leading))
+        self.majority_right += (arms.gold in leading) / max(1, len(leading))
         self.with_signal += any(output["advantage"] for output in outputs)
         for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
             tally = self.arms[arm_of(output)]
@@ -84,6 +83,8 @@ class ScoreMetrics:
 
 class ArmTally:
     """One arm over all its answers."""
+
+    __slots__ = ("answers", "right", "tokens", "in_majority")
 
     def __init__(self) -> None:
         self.answers = self.right = self.tokens = self.in_majority = 0

@@ -2,44 +2,67 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, TypeVar
 
 from regime_w.answers import canonical_answer
 
+T = TypeVar("T")
 
 _MISSING = object()
-_KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
+_KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", bool: "true or false",
+          NoneType: "null"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)  # a parsed row holds no circle
 
+Fields = dict[str, tuple[type, ...]]
+_ROW: Fields = {"id": (str,), "gold_answer": (str,), "arm_outputs": (list,), "counterfactual": (dict, NoneType)}
+_OUTPUT: Fields = {"name": (str,), "style": (str,), "answer": (str, NoneType), "num_tokens": (int,)}
+_OUTPUT_ON_BOTH: Fields = _OUTPUT | {"counterfactual": (dict,)}
+_ANSWER: Fields = {"answer": (str, NoneType)}
+MAX_TOKENS = 10**9
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a JSON Lines file, one at a time; the rows are not checked yet.
 
-    Raises ValueError with file and line number for what is not JSON, and if there is no row.
+def map_rows(path: Path, function: Callable[[Any], T]) -> Iterator[T]:
+    """`function` of each row of a JSON Lines file, one at a time; it raises ValueError if the row is broken.
+
+    Raises that error with file and line number before it, as for a line that is not JSON; and if there is no row.
     """
     number = 0
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not a JSON object ({error}); mend or remove this line") from None
-            yield number, row
+                result = function(_parse(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+            yield result
     if not number:
         raise ValueError(f"{path}: holds no row; give it one JSON object a line")
 
 
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """Writes the rows whole or not at all: after an error nothing is left, and `path` is as it was."""
+def encode(row: dict) -> bytes:
+    """The row as a line of a file. Raises ValueError that names the field if JSON or UTF-8 cannot hold its value."""
+    try:
+        return _ENCODER.encode(row).encode() + b"\n"
+    except ValueError:
+        where, value = _unwritable(row)
+        return _fail(_path(where), value, "finite, and valid Unicode if it is text")
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Writes the lines whole or not at all: after an error nothing is left, and `path` is as it was.
+
+    Raises ValueError if `path` is a folder or a device.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; name another file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb", buffering=2**20) as file:
-            for row in rows:
-                file.write(_ENCODER.encode(row).encode() + b"\n")
+            file.writelines(lines)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,53 +70,80 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def check_row(row: Any) -> None:
     """Raises ValueError that names the field if a rollouts row is broken, and says what must stand there."""
-    if not isinstance(row, dict):
-        raise ValueError(f"the row must be an object, found {json.dumps(row)[:80]}; mend it")
-    _field(row, (), "id", str)
-    _number(row, (), "gold_answer")
-    outputs = _field(row, (), "arm_outputs", list)
+    _check(row, (), _ROW)
+    _check_number(row, ())
+    outputs, other = row["arm_outputs"], row["counterfactual"]
     if not outputs:
         _fail("arm_outputs", outputs, "a list of at least one arm's output")
-    other = _field(row, (), "counterfactual", dict, optional=True)
     if other is not None:
-        _number(other, ("counterfactual",), "gold_answer")
+        _check(other, ("counterfactual",), {"gold_answer": (str,)})
+        _check_number(other, ("counterfactual",))
     for i, output in enumerate(outputs):
-        if not isinstance(output, dict):
-            _fail(f"arm_outputs[{i}]", output, "an object")
         where = ("arm_outputs", i)
-        _field(output, where, "name", str)
-        _field(output, where, "style", str)
+        _check(output, where, _OUTPUT if other is None else _OUTPUT_ON_BOTH)
+        if not 0 <= output["num_tokens"] <= MAX_TOKENS:
+            _fail(_path((*where, "num_tokens")), output["num_tokens"], f"from 0 to {MAX_TOKENS} (tokens)")
         if "arm" in output:
-            _field(output, where, "arm", str)
-        _field(output, where, "answer", str, optional=True)
-        if _field(output, where, "num_tokens", int) < 0:
-            _fail(_path(where, "num_tokens"), output["num_tokens"], "0 or more (tokens)")
+            _check(output, where, {"arm": (str,)})
         if other is not None:
-            answered = _field(output, where, "counterfactual", dict)
-            _field(answered, (*where, "counterfactual"), "answer", str, optional=True)
-    names = {output["name"] for output in outputs}
-    if len(names) < len(outputs):
+            _check(output["counterfactual"], (*where, "counterfactual"), _ANSWER)
+    if len({output["name"] for output in outputs}) < len(outputs):
         _fail("arm_outputs", [output["name"] for output in outputs], "outputs of arms with different names")
 
 
-def _field(record: dict, where: tuple, name: str, kind: type, optional: bool = False) -> Any:
-    value = record.get(name, _MISSING)
-    if type(value) is kind or optional and value is None:  # by type, as True is an int to isinstance
-        return value
-    if value is _MISSING:
-        raise ValueError(f"field '{_path(where, name)}' is missing; add it")
-    return _fail(_path(where, name), value, _KINDS[kind] + (" or null" if optional else ""))
+def check_scored(row: Any) -> dict:
+    """The row. Raises ValueError that names the field if it lacks what `bandit.replay` reads of a scored row."""
+    _check(row, (), {"arm_outputs": (list,)})
+    if not row["arm_outputs"]:
+        _fail("arm_outputs", [], "a list of at least one arm's output")
+    for i, output in enumerate(row["arm_outputs"]):
+        _check(output, ("arm_outputs", i), {"name": (str,), "correct": (bool,)}, "score the file first")
+    return row
 
 
-def _number(record: dict, where: tuple, name: str) -> None:
-    if canonical_answer(_field(record, where, name, str)) is None:
-        _fail(_path(where, name), record[name], "a number, as a string")
+def check_problem(row: Any) -> None:
+    """Raises ValueError that names the field if a row is no problem as GSM8K stores it."""
+    _check(row, (), {"question": (str,), "answer": (str,)})
 
 
-def _path(where: tuple, name: str) -> str:
-    """('arm_outputs', 3), 'answer' is arm_outputs[3].answer."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in (*where, name)).lstrip(".")
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON object ({error}); mend or remove this line") from None
+
+
+def _check(record: Any, where: tuple, fields: Fields, add: str = "add it") -> None:
+    if type(record) is not dict:
+        _fail(_path(where), record, "an object")
+    for name, kinds in fields.items():
+        value = record.get(name, _MISSING)
+        if type(value) not in kinds:  # by type, as True is an int to isinstance
+            if value is _MISSING:
+                raise ValueError(f"field '{_path((*where, name))}' is missing; {add}")
+            _fail(_path((*where, name)), value, " or ".join(_KINDS[kind] for kind in kinds))
+
+
+def _check_number(record: dict, where: tuple) -> None:
+    if canonical_answer(record["gold_answer"]) is None:
+        _fail(_path((*where, "gold_answer")), record["gold_answer"], "a number, as a string")
+
+
+def _unwritable(value: Any, where: tuple = ()) -> tuple[tuple, Any]:
+    """(where it stands, the innermost value that cannot be written)."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        try:
+            _ENCODER.encode(inner).encode()
+        except ValueError:
+            return _unwritable(inner, (*where, key))
+    return where, value
+
+
+def _path(where: tuple) -> str:
+    """('arm_outputs', 3, 'answer') is arm_outputs[3].answer."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in where).lstrip(".")
 
 
 def _fail(field: str, found: Any, must: str) -> NoReturn:
-    raise ValueError(f"field '{field}' must be {must}, found {json.dumps(found, default=str)[:80]}; mend it")
+    what = f"field '{field}'" if field else "the row"
+    raise ValueError(f"{what} must be {must}, found {json.dumps(found, default=str)[:80]}; mend it")

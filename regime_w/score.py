@@ -7,7 +7,7 @@ from typing import Any
 from regime_w.answer_set import AnswerSet
 from regime_w.metrics import ScoreMetrics
 from regime_w.reward import advantages, arm_reward_parts, regime_w_reward_parts, total
-from regime_w.rows import check_row, read_rows, write_rows
+from regime_w.rows import check_row, encode, map_rows, write_lines
 from regime_w.scoring import s_wm
 from regime_w.settings import ScoreSettings
 
@@ -19,16 +19,13 @@ def score_file(source: Path, target: Path, settings: ScoreSettings = ScoreSettin
     """
     metrics = ScoreMetrics(settings)
 
-    def scored() -> Iterator[dict]:
-        for number, row in read_rows(source):
-            try:
-                result, arms = _score(row, settings)
-            except ValueError as error:
-                raise ValueError(f"{source}:{number}: {error}; nothing written") from None
-            metrics.add(result, arms)
-            yield result
+    def scored(row: Any) -> bytes:
+        check_row(row)
+        result, arms = _score(row, settings)
+        metrics.add(result, arms)
+        return encode(result)
 
-    write_rows(target, scored())
+    write_lines(target, map_rows(source, scored))
     return metrics.metrics()
 
 
@@ -38,6 +35,7 @@ def score_rows(rows: Iterable[dict], settings: ScoreSettings = ScoreSettings()) 
 
     def scored() -> Iterator[dict]:
         for row in rows:
+            check_row(row)
             result, arms = _score(row, settings)
             metrics.add(result, arms)
             yield result
@@ -50,11 +48,11 @@ def score_row(row: dict, settings: ScoreSettings = ScoreSettings()) -> dict:
 
     Raises ValueError that names the field if the row is broken.
     """
+    check_row(row)
     return _score(row, settings)[0]
 
 
 def _score(row: dict, settings: ScoreSettings) -> tuple[dict, AnswerSet]:
-    check_row(row)
     arms = AnswerSet.of(row)
     end, path, cf = arms.components(settings)
     coherence = s_wm(end, path, cf, settings)

@@ -31,7 +31,19 @@ from regime_w.answers import (answers_match, canonical, canonical_answer, extrac
     ("(-4)", "-4"),
     ("1/0", None), ("", None), ("none", None), ("9" * 61, None), ("9" * 60, "9" * 60), ("1e31", None),
     ("1e30", "1" + "0" * 30),
-    ("1e-31", None), ("007", "7"), ("-0", "0"), ("1/2.5", "1"), ("x2", "2"), ("18/day", "18"), ("1/2/3", "0.5"),
+    ("1e-31", None), ("007", "7"), ("-0", "0"), ("1/2.5", "0.4"), ("x2", "2"), ("18/day", "18"), ("1/2/3", "0.5"),
+    # thin spaces and their kin: of thousands, of units, in a mixed number
+    ("1\u2007800", "1800"), ("1\u200a800", "1800"), ("1\\;800", "1800"), ("1\\:800", "1800"), ("1\\ 800", "1800"),
+    ("18\u202fkm", "18"), ("1\u20098000", "1"), ("2\u20091/2", "2.5"), ("2\u00a01/2", "2.5"),
+    ("2\\,\\frac{1}{2}", "2.5"), ("2~\\frac12", "2.5"), ("2 ½", "2.5"), ("2   1/2", "2"),
+    ("⅓", "1/3"), ("2⅔", "8/3"), ("-⅛", "-0.125"), ("-½", "-0.5"), ("-2½", "-2.5"), ("1\u20442", "0.5"), ("\u20115", "-5"), ("\ufe635", "-5"),
+    ("\\frac{-1}{2}", "-0.5"), ("\\frac{1}{-2}", "-0.5"), ("\\frac{-1}{-2}", "0.5"), ("\\frac{1}2", "0.5"),
+    ("\\frac1{2}", "0.5"), ("\\frac 1 2", "0.5"), ("\\cfrac{1}{2}", "0.5"), ("\\frac{1.5}{2}", "0.75"),
+    ("\\frac{+1}{2}", "0.5"), ("x \\frac{-1}{2}", "-0.5"), ("1.5/2", "0.75"), ("\\frac{1}{0.0}", None),
+    ("1.8 x 10^3", "1800"), ("1.8X10^{-1}", "0.18"), ("1.8 × 10³", "1800"), ("5×10⁻¹²", "0.000000000005"),
+    ("10^3", "1000"), ("10^{-2}", "0.01"), ("10⁶", "1000000"), ("210^3", "210"), ("-10^2", "-100"), ("1.8*10**3", "1800"),
+    ("10^31", None), ("10^{-31}", None), ("18 m^2", "18"), ("m^{2} 18", "18"), ("\\text{m}^2 is 18", "18"),
+    ("1e999999", None), ("1e-999999", None), ("0/0", None), ("0/5", "0"),
 ])
 def test_parse_number(text: str, number: str | None) -> None:
     found = parse_number(text)
@@ -41,6 +53,8 @@ def test_parse_number(text: str, number: str | None) -> None:
 def test_parse_number_reads_only_the_window() -> None:
     assert parse_number(" " * (answers.WINDOW - 1) + "7") == 7
     assert parse_number(" " * answers.WINDOW + "7") is None
+    assert parse_number(" " * (answers.WINDOW - 2) + "345") is None  # not 34, as the window would cut it
+    assert parse_number(" " * (answers.WINDOW - 3) + "345 6") == 345
 
 
 @pytest.mark.parametrize(("text", "answer"), [
@@ -67,7 +81,9 @@ def test_parse_number_reads_only_the_window() -> None:
     ("the answer is not known. 9", "9"), ("the answer is a = b, 7", "7"), ("answer is 5 = ?", "5"),
     ("answers 5 and 6", "6"),
     ("first 5, then 12-3", "3"), ("5 and\n6.50 in all!", "6.5"), ("8 apples" + " x" * 300, "8"), ("8, 1/0", "8"),
-    ("it is 3½", "3.5"), ("it is ¾.", "0.75"),
+    ("it is 3½", "3.5"), ("it is ¾.", "0.75"), ("it is \\frac{1}{2}.", "0.5"), ("so \\frac{-1}{2 } of it", "-0.5"),
+    ("an area of 18 m^2", "18"), ("it is 2**3", "3"), ("5 of them, \\frac{3}{0}", "5"), ("so 10³", "1000"),
+    ("#### 1e999999", None), ("#### 1/0", None), ("answer is " + "so " * 63 + "12345", "12345"),
     ("", None), ("no idea", None), ("<think>#### 20</think>", None),
     # think blocks
     ("<think>#### 20</think> #### 18", "18"), ("a</think>b 4</think> 7", "7"), ("<think>18", None),

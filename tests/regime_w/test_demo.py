@@ -1,3 +1,4 @@
+import io
 import json
 import runpy
 import subprocess
@@ -20,7 +21,8 @@ def test_the_demo_explains_every_worked_question(capsys: pytest.CaptureFixture) 
         assert row["id"] in out
         assert f"reward {scored['reward']:.3f} = correctness" in out
         for output in scored["arm_outputs"]:
-            assert f"{output['reward']:>9.3f}{output['advantage']:>11.3f}" in out
+            assert f"{output['reward']:>9.3f}{output['advantage']:>z11.3f}" in out
+    assert "-0.000" not in out
     assert out.count("wolfram-0.2") == len(worked_rows())
     assert "0.4 of s_wm" in out and "0.001 a token of mean length over 400" in out
 
@@ -32,9 +34,19 @@ def test_the_demo_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "random-000002" in capsys.readouterr().out
     file.write_text(json.dumps(worked_rows()[0]) + "\n{}\n")
     assert demo.main([str(file)]) == 2
-    assert f"{file}:2: field 'id' is missing; add it\n" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{file}:2: field 'id' is missing; add it\n"
+    file.write_text(json.dumps(worked_rows()[0]) + "\n\n")
+    assert demo.main([str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"{file}:2: not a JSON object (")
     assert demo.main([str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_the_demo_prints_on_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert demo.main([]) == 0
+    sys.stdout.flush()
+    assert b"counterfactual, q?:" in sys.stdout.buffer.getvalue()
 
 
 def test_the_demos_help(capsys: pytest.CaptureFixture) -> None:
@@ -62,13 +74,20 @@ def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert json.loads(capsys.readouterr().out)["questions"] == 20
     source.write_text('{"id": "x", "gold_answer": "1"}\n')
     assert command.main(["score", str(source), str(target)]) == 2
-    assert capsys.readouterr().err == f"{source}:1: field 'arm_outputs' is missing; add it; nothing written\n"
+    assert capsys.readouterr().err == f"{source}:1: field 'arm_outputs' is missing; add it\n"
     assert command.main(["score", str(tmp_path / "no"), str(target)]) == 2
 
 
+def test_how_many_rows_bench_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(command, "bench", lambda count: count)
+    assert command.main(["bench"]) == command.main(["bench", "7"]) == 0
+    assert capsys.readouterr().out == "100000\n7\n"
+
+
 def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert command.main([]) == 2
-    assert "score IN.jsonl OUT.jsonl" in capsys.readouterr().err
+    for arguments in ([], ["score"], ["bench", "x"], ["bench", "0"], ["bench", "1", "2"]):
+        assert command.main(arguments) == 2
+        assert "score IN.jsonl OUT.jsonl" in capsys.readouterr().err
     assert command.main(["bench", "50"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"questions", "seconds", "peak_memory_mib"}
     problems = tmp_path / "gsm8k.jsonl"
@@ -79,7 +98,27 @@ def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert json.loads(capsys.readouterr().out) == {"questions": 2, "counterfactuals": 1, "share": 0.5}
 
 
-@pytest.mark.parametrize(("module", "status"), [("regime_w", 2), ("regime_w.demo", 0)])
+@pytest.mark.parametrize(("name", "line", "text"), [
+    ("replay", "3", "the row must be an object, found 3; mend it"),
+    ("replay", "{}", "field 'arm_outputs' is missing; add it"),
+    ("replay", '{"arm_outputs": []}', "field 'arm_outputs' must be a list of at least one arm's output, found []; mend it"),
+    ("replay", '{"arm_outputs": [3]}', "field 'arm_outputs[0]' must be an object, found 3; mend it"),
+    ("replay", '{"arm_outputs": [{"correct": true}]}', "field 'arm_outputs[0].name' is missing; score the file first"),
+    ("replay", '{"arm_outputs": [{"name": "a"}]}', "field 'arm_outputs[0].correct' is missing; score the file first"),
+    ("replay", '{"arm_outputs": [{"name": "a", "correct": 1}]}',
+     "field 'arm_outputs[0].correct' must be true or false, found 1; mend it"),
+    ("counterfactuals", "[]", "the row must be an object, found []; mend it"),
+    ("counterfactuals", '{"answer": "4"}', "field 'question' is missing; add it"),
+    ("counterfactuals", '{"question": "?", "answer": 4}', "field 'answer' must be a string, found 4; mend it"),
+])
+def test_what_other_commands_cannot_read(name: str, line: str, text: str, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(line + "\n")
+    assert command.main([name, str(file)]) == 2
+    assert capsys.readouterr().err == f"{file}:1: {text}\n"
+
+
+@pytest.mark.parametrize(("module", "status"), [("regime_w", 0), ("regime_w.demo", 0)])
 def test_as_programs(module: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     for name in (module, f"{module}.__main__"):

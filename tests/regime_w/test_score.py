@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,10 @@ BROKEN = [
     (lambda r: r["arm_outputs"][1].pop("answer"), r"field 'arm_outputs\[1\].answer' is missing"),
     (lambda r: r["arm_outputs"][1].update(answer=18), r"arm_outputs\[1\].answer' must be a string or null, found 18"),
     (lambda r: r["arm_outputs"][1].update(name=None), r"arm_outputs\[1\].name' must be a string, found null"),
-    (lambda r: r["arm_outputs"][0].update(num_tokens=-1), r"arm_outputs\[0\].num_tokens' must be 0 or more"),
+    (lambda r: r["arm_outputs"][0].update(num_tokens=-1), r"arm_outputs\[0\].num_tokens' must be from 0 to"),
+    (lambda r: r["arm_outputs"][0].update(num_tokens=10**9 + 1), r"must be from 0 to 1000000000 \(tokens\), found 1000"),
+    (lambda r: r["arm_outputs"][0].update(num_tokens=float("nan")), "num_tokens' must be an integer, found NaN"),
+    (lambda r: r["counterfactual"].update(gold_answer="1/0"), "'counterfactual.gold_answer' must be a number"),
     (lambda r: r["arm_outputs"][0].update(num_tokens=1.5),
      r"arm_outputs\[0\].num_tokens' must be an integer, found 1.5"),
     (lambda r: r["arm_outputs"][0].update(num_tokens=True),
@@ -166,18 +170,49 @@ def test_score_file(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
+ROW = json.dumps(row(["18", "7"], [1, 2]))
+
+
 @pytest.mark.parametrize(("line", "text"), [
-    ("{", r"in.jsonl:2: not a JSON object \("),
-    ('{"id": "x"}', "in.jsonl:2: field 'gold_answer' is missing; add it; nothing written"),
-    ("[]", r"in.jsonl:2: the row must be an object, found \[\]"), ("", "in.jsonl:2: not a JSON object"),
-])
-def test_a_broken_file_names_file_line_and_field_and_writes_nothing(tmp_path: Path, line: str, text: str) -> None:
-    source, target = write(tmp_path / "in.jsonl", json.dumps(worked_rows()[0]), line), tmp_path / "out.jsonl"
+    (b"{", r"in.jsonl:2: not a JSON object \("), (b"", "in.jsonl:2: not a JSON object"),
+    (b'{"id": "x"}', "in.jsonl:2: field 'gold_answer' is missing; add it"),
+    (b"[]", r"in.jsonl:2: the row must be an object, found \[\]"), (b"null", "2: the row must be an object, found null"),
+    (b'{"id": "\xe9"}', r"in.jsonl:2: not a JSON object \('utf-8' codec can't decode byte 0xe9"),
+    (b"\xef\xbb\xbf{}", r"in.jsonl:2: not a JSON object \(Unexpected UTF-8 BOM"), (b"[" * 10**5, "2: not a JSON object"),
+    (b'{"id": ' + b"9" * 5000 + b"}", r"in.jsonl:2: not a JSON object \(Exceeds the limit"),
+    # Read by Python's JSON, but not to be written as JSON or as UTF-8
+    (ROW.replace('"extra": 1', '"extra": [0, {"a": NaN}]').encode(),
+     r"in.jsonl:2: field 'extra\[1\].a' must be finite, and valid Unicode if it is text, found NaN"),
+    (ROW.replace('"extra": 1', '"extra": 1e999').encode(), "in.jsonl:2: field 'extra' must be finite"),
+    (ROW.replace("arm-1", "\\ud800").encode(), r"2: field 'arm_outputs\[1\].name' must be .*, found .\\ud800"),
+], ids=lambda value: str(value[:20]))
+def test_a_broken_file_names_file_line_and_field_and_writes_nothing(tmp_path: Path, line: bytes, text: str) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(ROW.encode() + b"\n" + line + b"\n")
     target.write_text("as it was")
     with pytest.raises(ValueError, match=text):
         score_file(source, target)
     assert target.read_text() == "as it was"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_windows_line_ends_and_a_last_line_without_one(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(f"{ROW}\r\n{ROW}".encode())
+    assert score_file(source, target)["questions"] == 2
+    assert target.read_bytes().count(b"\n") == 2
+
+
+def test_a_file_may_be_scored_in_place_but_no_folder_or_device_is_replaced(tmp_path: Path) -> None:
+    file, other = write(tmp_path / "in.jsonl", ROW), tmp_path / "out.jsonl"
+    score_file(file, other)
+    score_file(file, file)
+    assert file.read_bytes() == other.read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=f"{target} is no regular file; name another"):
+            score_file(file, target)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "pipe"]
 
 
 def test_a_file_without_rows_is_an_error(tmp_path: Path) -> None:
