@@ -1,6 +1,6 @@
 """The report's part on Regime W: each figure of metrics/regime_w.json with a sentence on what it says."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,12 +63,21 @@ def _arms(figures: Figures) -> Block:
     apart = "lie apart" if best.low > worst.high else "overlap, so that these rollouts hardly tell the two apart"
     sentence = (
         f"Accuracy runs from {worst.value:.1f}% ({worst.label}) to {best.value:.1f}% ({best.label}); their intervals "
-        f"{apart}. The posterior, from a uniform prior, is what Thompson sampling would draw from.")
+        f"{apart}. The posterior, from a uniform prior, is what Thompson sampling would draw from. "
+        f"{_range(figures, 'majority_share', 'gives the most frequent answer', _percent)}: an arm that seldom does "
+        f"goes its own way. {_range(figures, 'mean_length', 'writes', '{:,.0f} tokens an answer'.format)}.")
     header = ["Arm", "Posterior mean, %", "95% of the posterior", "In the majority, %", "Mean tokens"]
     cells = [[name, *_posterior(figures, name), f"{100 * figures('arms', name, 'majority_share'):.1f}",
               f"{figures('arms', name, 'mean_length'):,.0f}"] for name in arms]
     figure = bars("arms", "Accuracy of each arm with its 95% interval", rows, "% of the questions")
     return Block("Each arm", sentence, figure + table_html(header, cells))
+
+
+def _range(figures: Figures, key: str, does: str, text: Callable[[float], str]) -> str:
+    """Which arm has the most of a figure, and which the least."""
+    values = {name: figures("arms", name, key) for name in figures("arms")}
+    most, least = max(values, key=values.get), min(values, key=values.get)
+    return f"{most} {does} most ({text(values[most])}), {least} least ({text(values[least])})"
 
 
 def _posterior(figures: Figures, arm: str) -> tuple[str, str]:
@@ -80,7 +89,11 @@ def _components(figures: Figures) -> Block:
     correlations = {name: figures(name, "correlation_with_correctness") for name in COMPONENTS}
     defined = {name: value for name, value in correlations.items() if value is not None and name != "reward"}
     mean, low, high = (figures("reward", key) for key in ("mean", "min", "max"))
-    sentence = f"The reward is {mean:.2f} on average and runs from {low:.2f} to {high:.2f}. "
+    end, path, cf, coherence = (figures(name, "mean") for name in COMPONENTS[1:])
+    sentence = (
+        f"The reward is {mean:.2f} on average and runs from {low:.2f} to {high:.2f}. {_percent(end)} of the pairs of "
+        f"arms agree (s_end); the lengths give an s_path of {path:.2f}, where 1 is equal lengths and 0.5 a standard "
+        f"deviation as large as the mean; s_cf is {cf:.2f}, and s_wm, the weighted sum of the three, {coherence:.2f}. ")
     if defined:
         most, least = (pick(defined, key=lambda name: abs(defined[name])) for pick in (max, min))
         sentence += (f"Of the components, {most} goes most with the share of arms that are right (correlation "

@@ -116,7 +116,7 @@ def canonical(number: Fraction) -> str:
     return f"{'-' * (number < 0)}{digits[:-places]}.{digits[-places:]}"
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)  # answers repeat; but texts may be long
 def canonical_answer(answer: str | None) -> str | None:
     """A stored answer in canonical form: '18.00' becomes '18'; None for what holds no number."""
     number = _parse_or_none(answer)

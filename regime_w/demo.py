@@ -8,7 +8,7 @@ from regime_w.sample_rows import worked_rows
 from regime_w.score import score_row
 from regime_w.settings import ScoreSettings
 
-INTRO = """Regime W scores the answers that several arms (ways to ask: a style at a temperature) give to one question, q.
+INTRO = """Regime W scores the answers of several arms (ways to ask: a style at a temperature) to one question, q.
 Some questions have a counterfactual, q′: the same question with one number changed, and the answer to that.
   s_end   agreeing pairs of answers / all pairs              {weight_end} of s_wm
   s_path  1 / (1 + CV²) of the answers' lengths in tokens    {weight_path} of s_wm (CV: standard deviation / mean)
@@ -16,9 +16,9 @@ Some questions have a counterfactual, q′: the same question with one number ch
   s_wm    their weighted sum: how coherent the answers are, right or wrong
   reward  {reward_correct:+} if any arm is right, else {reward_wrong:+}; + {coherence_weight} s_wm; - {length_penalty} \
 a token of mean length over {free_length}
-Each arm has a reward of its own: {reward_correct:+} if it is right, else {reward_wrong:+}; if right, + {coherence_weight} \
-of what it adds to s_wm; - {length_penalty} a token
-over {free_length}. Its advantage is that reward less the mean of the other arms' rewards.
+Each arm has a reward of its own: {reward_correct:+} if it is right, else {reward_wrong:+}; if right, \
++ {coherence_weight} of what it adds to s_wm;
+- {length_penalty} a token over {free_length}. Its advantage is that reward less the mean of the other arms' rewards.
 """
 
 

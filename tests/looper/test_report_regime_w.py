@@ -2,8 +2,10 @@
 
 import pytest
 
-from looper.report_regime_w import bandit_block, rollout_blocks
+from looper.report_regime_w import bandit_block, regime_w_blocks, rollout_blocks
 from regime_w.bandit import replay
+from regime_w.score import score_rows
+from regime_w.settings import ScoreSettings
 
 
 def rollouts(*patterns: str, arms: str = "abcd") -> list[dict]:
@@ -43,3 +45,19 @@ def test_the_replay_needs_every_arm_in_every_row():
     assert rollout_blocks(full + rollouts("10", arms="ac"))[1] == []  # as Thompson sampling leaves them
     with pytest.raises(ValueError, match="no arm's answer; rerun the stages rollouts and score"):
         rollout_blocks([])
+
+
+def test_every_figure_of_an_arm_and_of_a_component_is_said_in_words():
+    answers = {"a": ("7", 100), "b": ("7", 300), "c": ("8", 200)}
+    row = {"id": "x", "gold_answer": "7", "counterfactual": None, "arm_outputs": [
+        {"name": name, "style": "wolfram", "answer": answer, "num_tokens": tokens}
+        for name, (answer, tokens) in answers.items()]}
+    scored, metrics = score_rows([row], ScoreSettings(resamples=100))
+    assert len(list(scored)) == 1
+    blocks = {block.title: block.sentence for block in regime_w_blocks(metrics.metrics())}
+    assert "a gives the most frequent answer most (100.0%), c least (0.0%): an arm" in blocks["Each arm"]
+    assert "b writes most (300 tokens an answer), a least (100 tokens an answer)." in blocks["Each arm"]
+    # s_end 1 of 3 pairs; s_path 600² / (3 · 140,000); s_cf the placeholder; s_wm 0.4/3 + 0.3·6/7 + 0.15
+    assert ("33.3% of the pairs of arms agree (s_end); the lengths give an s_path of 0.86, where" in
+            blocks["Reward and components"])
+    assert "s_cf is 0.50, and s_wm, the weighted sum of the three, 0.54." in blocks["Reward and components"]

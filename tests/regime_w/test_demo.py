@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from regime_w import __main__ as command
-from regime_w import demo
+from regime_w import demo, sample_rows
+from regime_w.arms import ARMS, Arm
 from regime_w.sample_rows import random_rows, worked_rows
 from regime_w.score import score_row
 
@@ -40,6 +41,12 @@ def test_the_demo_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().err.startswith(f"{file}:2: not a JSON object (")
     assert demo.main([str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_one_more_arm_is_one_more_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sample_rows, "ARMS", (*ARMS, Arm("new-1.0", "new", 1.0, "Be brief.")))
+    assert demo.main([]) == 0
+    assert len(score_row(next(random_rows(1)))["arm_outputs"]) == 9
 
 
 def test_the_demo_prints_on_any_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +108,8 @@ def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(("name", "line", "text"), [
     ("replay", "3", "the row must be an object, found 3; mend it"),
     ("replay", "{}", "field 'arm_outputs' is missing; add it"),
-    ("replay", '{"arm_outputs": []}', "field 'arm_outputs' must be a list of at least one arm's output, found []; mend it"),
+    ("replay", '{"arm_outputs": []}',
+     "field 'arm_outputs' must be a list of at least one arm's output, found []; mend it"),
     ("replay", '{"arm_outputs": [3]}', "field 'arm_outputs[0]' must be an object, found 3; mend it"),
     ("replay", '{"arm_outputs": [{"correct": true}]}', "field 'arm_outputs[0].name' is missing; score the file first"),
     ("replay", '{"arm_outputs": [{"name": "a"}]}', "field 'arm_outputs[0].correct' is missing; score the file first"),

@@ -99,6 +99,7 @@ def test_without_each_is_the_component_of_the_others(arms: list) -> None:
     assert s_cf_without_each(answers, "1") == [s_cf([answers[i] for i in rest], "1") for rest in rests]
 
 
-def test_answers_are_compared_by_value() -> None:
+def test_styles_and_answers_are_compared_by_value() -> None:
+    assert s_path_within_style([100, 300], ["wolfram", "".join(("wolf", "ram"))]) == pytest.approx(0.8, abs=1e-12)
     gold = "".join(("1", "8"))  # no literal, so that it is not the same object as an answer
     assert s_cf_without_each(["18", "18", "7"], gold) == [0.5, 0.5, 1.0] and s_cf(["18", "7"], gold) == 0.5
