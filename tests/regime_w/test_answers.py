@@ -55,7 +55,7 @@ def test_parse_number(text: str, number: str | None) -> None:
 def test_parse_number_reads_only_the_window() -> None:
     assert parse_number(" " * (answers.WINDOW - 1) + "7") == 7
     assert parse_number(" " * answers.WINDOW + "7") is None
-    assert parse_number(" " * (answers.WINDOW - 2) + "345") is None  # not 34, as the window would cut it
+    assert parse_number(" " * (answers.WINDOW - 2) + "345 km") is None  # not 34, as the window would cut it
     assert parse_number(" " * (answers.WINDOW - 3) + "345 6") == 345
 
 
@@ -69,7 +69,7 @@ def test_parse_number_reads_only_the_window() -> None:
     ("#### -3", "-3"), ("#### .5", "0.5"), ("#### +5", "5"), ("#### 18. Done 3", "18"), ("#### \\text{18}", "18"),
     # A heading is no answer line, nor is a line of words
     ("#### Step 3: add\nThe answer is 18", "18"),
-    ("####Step 3: add\nThe answer is 18", "18"), ("#### 3. Add them\nso 18", "18"), ("#### 3) Add them\nso 18", "18"),
+    ("####Step 3: add\nThe answer is 18", "18"), ("####3. Add them\nso 18", "18"), ("#### 3. Add them\nso 18", "18"), ("#### 3) Add them\nso 18", "18"),
     ("#### Day 3 is over\nso 18", "18"), ("#### \\text{Total} 18", "18"), ("#### none\n\\boxed{7}", "7"),
     # box, then 'answer is', then the last number
     ("\\boxed{7} then 9", "7"), ("\\boxed{6} \\boxed{7}", "7"), ("\\boxed{\\frac{1}{2}} 9", "0.5"),
