@@ -235,7 +235,7 @@ def keeps_order(moved: list[Move], quantities: list[Quantity], changes: dict[Fra
 
 def _alike_value(old: Fraction, new: Fraction) -> bool:
     as_whole = old.denominator % new.denominator == 0  # an integer stays one
-    return as_whole and (new == old == 0 or (new > 0 and old / FACTOR <= new <= old * FACTOR))
+    return as_whole and old / FACTOR <= new <= old * FACTOR  # which keeps 0 at 0, and has no room for less
 
 
 def _changed(question: str, group: tuple[Quantity, ...], new: tuple[int, ...], gold: Fraction) -> Counterfactual:

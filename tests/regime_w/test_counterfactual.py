@@ -129,6 +129,7 @@ def test_magnitude_stays_alike() -> None:
     ("Ann has 20 pens and 30 clips and 0 cats. Pens and clips?", "<<20+30=50>>50\n#### 50"),  # and here 0
     ("Ann has 20 pens", "no calculation\n#### 20"), ("Ann has 20 pens", "<<20*2=41>>41\n#### 41"),
     ("Ann has 20 pens", "<<2x=4>>4\n#### 4"),
+    ("Ann has 20 pens, gets twice as many and gives half away.", "<<20*2=40>>40\n<<40/2=20>>20\n#### 20"),  # derived, too
     # used twice in one calculation
     ("Ann has 20 pens", "<<20*2=40>>40"), ("", ""), ("Ann has 9 squared pens", "<<9*9=81>>81\n#### 81"),
 ])
@@ -229,6 +230,8 @@ def test_execute_and_order() -> None:
     assert execute(chain, known, {Fraction(8): Fraction(9)}) == [Move(24, 27), Move(44, 47)]
     assert execute(chain, known, {}) is None  # nothing changes
     assert execute(chain, known - {Fraction(3)}, {Fraction(8): Fraction(9)}) is None  # 3 is unknown
+    squares = read_chain("<<(10-3)*(12-8)=28>>\n#### 28")
+    assert execute(squares, known, {Fraction(3): Fraction(2)}) is None  # 10 and 12 are: (-2)·(-8) would do
     assert execute(chain, known, {Fraction(8): Fraction(25)}) is None  # 24 to 75: more than three times
     assert execute(chain, known, {Fraction(8): Fraction(24)}) == [Move(24, 72), Move(44, 92)]
     assert execute(chain, known, {Fraction(8): Fraction(17, 2)}) is None  # 25.5 is no integer
