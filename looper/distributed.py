@@ -44,10 +44,15 @@ def start_processes(model: Model) -> None:
         sys.exit(_launch(one_host=configuration.get("num_machines", 1) == 1))
 
 
-def _configuration() -> dict[str, Any]:
-    """This machine's accelerate configuration, where accelerate looks for it; empty where there is none."""
+def configuration_file() -> Path:
+    """Where accelerate keeps this machine's configuration."""
     cache = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    path = Path(cache).expanduser() / "accelerate" / "default_config.yaml"
+    return Path(cache).expanduser() / "accelerate" / "default_config.yaml"
+
+
+def _configuration() -> dict[str, Any]:
+    """This machine's accelerate configuration; empty where there is none."""
+    path = configuration_file()
     if not path.is_file():
         return {}
     try:

@@ -117,5 +117,5 @@ class KillAt(TrainerCallback):
 
     def kill(self, args, state, control, model=None, **kwargs):
         if state.global_step == self.step:
-            self.seen = trainable(model.policy)
+            self.seen = trainable(getattr(model, "policy", model))
             raise Killed

@@ -137,6 +137,15 @@ def test_every_stage_that_loads_the_model_has_a_setting_for_less_memory():
     assert loading == set(stage.LESS_MEMORY) & set(NAMES) and len(loading) >= 6
 
 
+def test_every_stage_that_loads_the_model_starts_a_process_a_gpu_and_writes_in_one():
+    texts = {name: (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8") for name in NAMES}
+    for call in ("start_processes(params.model)", "first_process_only()"):
+        assert {name for name, text in texts.items() if f" {call}\n" in text} == set(stage.LESS_MEMORY) & set(NAMES)
+    for name in set(stage.LESS_MEMORY) & set(NAMES):
+        body = texts[name].partition("with scratch(")[2]
+        assert 0 < body.index("first_process_only()") < body.index("write"), f"{name} writes before it is alone"
+
+
 @pytest.mark.parametrize("network", [False, True])
 def test_only_stages_that_fetch_may_ask_the_hub(monkeypatch, network):
     monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
