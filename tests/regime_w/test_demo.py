@@ -73,12 +73,12 @@ def test_worked_questions_show_what_they_say() -> None:
 
 def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in random_rows(20)))
+    source.write_text("".join(json.dumps(row) + "\n" for row in random_rows(5)))
     assert command.main(["score", str(source), str(target)]) == 0
-    assert json.loads(capsys.readouterr().out)["questions"] == 20
-    assert len(target.read_text().splitlines()) == 20
+    assert json.loads(capsys.readouterr().out)["questions"] == 5
+    assert len(target.read_text().splitlines()) == 5
     assert command.main(["replay", str(target)]) == 0
-    assert json.loads(capsys.readouterr().out)["questions"] == 20
+    assert json.loads(capsys.readouterr().out)["questions"] == 5
     source.write_text('{"id": "x", "gold_answer": "1"}\n')
     assert command.main(["score", str(source), str(target)]) == 2
     assert capsys.readouterr().err == f"{source}:1: field 'arm_outputs' is missing; add it\n"

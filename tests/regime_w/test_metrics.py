@@ -85,8 +85,8 @@ def test_chsh_counts_questions_with_both_parties() -> None:
 
 
 def test_components_over_many_rows_equal_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regime_w.metrics.BATCH", 128)
-    given = list(random_rows(600, seed=4))  # several batches and a rest
+    monkeypatch.setattr("regime_w.metrics.BATCH", 64)
+    given = list(random_rows(300, seed=4))  # several batches and a rest
     found = metrics_of(given)
     scored = [score_row(row) for row in given]
     right = np.array([np.mean([output["correct"] for output in row["arm_outputs"]]) for row in scored])

@@ -239,8 +239,8 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
         tracemalloc.stop()
         return size
 
-    peak(50)  # fills caches
-    assert peak(600) - peak(100) < 150_000  # bytes; 500 rows themselves take some 3 million
+    peak(40)  # fills caches
+    assert peak(160) - peak(40) < 100_000  # bytes; 120 rows themselves take some 700 thousand
 
 
 @pytest.mark.parametrize(("cf", "expected", "placeholders"), [("chsh", 0.25, 1.0), ("counterfactual", 1.0, 0.0)])
