@@ -6,7 +6,9 @@ divides its chunks. The first process alone writes what the stage makes. Process
 folder on a file system that all of them see.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # How long a process waits for the others: the slowest may be a chunk of answers behind. A process that dies ends the wait,
 # because the launcher then stops all.
 PATIENCE = timedelta(days=1)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 # ---- starting and ending ----
@@ -89,6 +92,8 @@ def _launch(one_host: bool) -> int:
 
 
 def _join(model: Model) -> None:
+    if sys.platform == "linux":  # a launcher that is killed outright cannot end its processes: they would write on, unseen
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ["RANK"] != "0":
         os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm
         sys.stdout = open(os.devnull, "w")  # what a stage prints, the first process prints

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from looper import ppo_math
-from looper.distributed import rank, share, total, undivided, world
+from looper.distributed import agreed, rank, share, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
 from looper.ppo_policy import PolicyWithValue
@@ -89,7 +89,7 @@ class OfflinePPOTrainer(Trainer):
         path = self.folder / "reference.safetensors"
         digest = hashlib.sha256(repr([(s.id, list(s.prompt_ids), list(s.response_ids)) for s in self.samples]).encode())
         key = f"logprobs_{digest.hexdigest()}"
-        if path.exists() and key in (cached := load_file(path)):
+        if agreed(path.exists()) and key in (cached := load_file(path)):
             return list(cached[key].split([len(sample.response_ids) for sample in self.samples]))
         found: dict[int, Tensor] = {}
         # The groups in which the first pass takes the samples: its first KL is then exactly 0

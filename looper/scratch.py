@@ -14,7 +14,7 @@ import yaml
 
 from looper.adapters import CARD
 from looper.base_model import MANIFEST
-from looper.distributed import barrier, rank
+from looper.distributed import agreed, barrier, rank
 from looper.files import sha256
 from looper.params import PARAMS, parse
 from looper.pipeline import lookup, resolved_stages
@@ -52,7 +52,7 @@ def last_checkpoint(scratch: Path) -> str | None:
         return True
 
     checkpoints = sorted((scratch / "checkpoints").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
-    return next((str(each) for each in reversed(checkpoints) if is_whole(each)), None)
+    return agreed(next((str(each) for each in reversed(checkpoints) if is_whole(each)), None))
 
 
 def inputs_hash(stage: str) -> str:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,8 @@ STAGE = '''"""Stage meets: processes that meet, or do not."""
 
 import os
 import signal
+import time
+from pathlib import Path
 
 from looper.distributed import barrier, rank, start_processes, world
 from looper.params import load_params
@@ -206,6 +209,9 @@ def main(what: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "all" or (what == "one" and rank() == 1):
         raise ValueError(f"{what}: mend it")
+    if what == "waiting":
+        Path(f"process-{rank()}").write_text(str(os.getpid()))
+        time.sleep(60)
     barrier()
 
 
@@ -236,11 +242,13 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
+def environment(folder: Path, home: str = "home") -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HOME": str(folder / home), "OMP_NUM_THREADS": "1"}
+
+
 def start(folder: Path, *stage: str, home: str = "home") -> subprocess.CompletedProcess:
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HOME": str(folder / home), "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": f"{folder}{os.pathsep}{ROOT / 'tests'}"}
-    return subprocess.run([sys.executable, "-m", *stage], cwd=folder, env=environment, capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run([sys.executable, "-m", *stage], cwd=folder, env=environment(folder, home), capture_output=True,
+                          text=True, timeout=120)
 
 
 @pytest.mark.slow
@@ -267,6 +275,23 @@ def test_one_processs_end_is_the_stages_end_and_is_said_once(project, what, stat
     done = start(project, "stages.meets", what)
     assert (done.returncode, done.stdout) == (status, "2 processes\n"), done.stderr
     assert done.stderr.count("meets: ") == 1 and error in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_the_processes_end_when_their_launcher_is_killed(project):
+    """Else they would go on beside the next run, which takes up the same scratch folder."""
+    with subprocess.Popen([sys.executable, "-m", "stages.meets", "waiting"], cwd=project, env=environment(project)) as launcher:
+        deadline, files = time.monotonic() + 60, [project / f"process-{i}" for i in range(2)]
+        while not all(file.exists() and file.read_text() for file in files):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        launcher.kill()
+    programs = [Path("/proc", file.read_text(), "cmdline") for file in files]
+    deadline = time.monotonic() + 10
+    while any(program.exists() and program.read_bytes() for program in programs):  # empty: ended, its parent not yet told
+        assert time.monotonic() < deadline, "a process lives on"
+        time.sleep(0.05)
 
 
 def test_bad_params_are_said_once_and_nothing_is_started(project):
