@@ -69,7 +69,8 @@ def test_parse_number_reads_only_the_window() -> None:
     ("#### -3", "-3"), ("#### .5", "0.5"), ("#### +5", "5"), ("#### 18. Done 3", "18"), ("#### \\text{18}", "18"),
     # A heading is no answer line, nor is a line of words
     ("#### Step 3: add\nThe answer is 18", "18"),
-    ("####Step 3: add\nThe answer is 18", "18"), ("####3. Add them\nso 18", "18"), ("#### 3. Add them\nso 18", "18"), ("#### 3) Add them\nso 18", "18"),
+    ("####Step 3: add\nThe answer is 18", "18"), ("####3. Add them\nso 18", "18"),
+    ("#### 3. Add them\nso 18", "18"), ("#### 3) Add them\nso 18", "18"),
     ("#### Day 3 is over\nso 18", "18"), ("#### \\text{Total} 18", "18"), ("#### none\n\\boxed{7}", "7"),
     # box, then 'answer is', then the last number
     ("\\boxed{7} then 9", "7"), ("\\boxed{6} \\boxed{7}", "7"), ("\\boxed{\\frac{1}{2}} 9", "0.5"),

@@ -129,7 +129,7 @@ def test_magnitude_stays_alike() -> None:
     ("Ann has 20 pens and 30 clips and 0 cats. Pens and clips?", "<<20+30=50>>50\n#### 50"),  # and here 0
     ("Ann has 20 pens", "no calculation\n#### 20"), ("Ann has 20 pens", "<<20*2=41>>41\n#### 41"),
     ("Ann has 20 pens", "<<2x=4>>4\n#### 4"),
-    ("Ann has 20 pens, gets twice as many and gives half away.", "<<20*2=40>>40\n<<40/2=20>>20\n#### 20"),  # derived, too
+    ("Ann has 20 pens, gets twice as many and gives half away.", "<<20*2=40>>40\n<<40/2=20>>20\n#### 20"),  # a result
     # used twice in one calculation
     ("Ann has 20 pens", "<<20*2=40>>40"), ("", ""), ("Ann has 9 squared pens", "<<9*9=81>>81\n#### 81"),
 ])
