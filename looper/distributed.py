@@ -43,7 +43,7 @@ def start_processes(model: Model) -> None:
         _join(model)
         return
     configuration = _configuration()
-    if configuration.get("use_cpu", False) == (model.device == "cpu") and configuration.get("num_processes", 1) > 1:
+    if bool(configuration.get("use_cpu")) == (model.device == "cpu") and configuration.get("num_processes", 1) > 1:
         sys.exit(_launch(one_host=configuration.get("num_machines", 1) == 1))
 
 
@@ -82,6 +82,8 @@ def _launch(one_host: bool) -> int:
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError as error:
+        if any(failure.exitcode == 2 for failure in error.failures.values()):
+            return 2  # it has said why; others may have failed because it was gone
         number, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
@@ -183,4 +185,5 @@ def undivided(loader: "DataLoader") -> "DataLoader":
     if world() > 1:
         divider = loader.batch_sampler  # accelerate's BatchSamplerShard; of one process and not filled up, it divides nothing
         divider.num_processes, divider.process_index, divider.even_batches = 1, 0, False
+        loader._drop_last = True  # so that what is logged counts every process in an epoch's last, smaller batch too
     return loader

@@ -15,8 +15,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 # compiled: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has an adapter.
 TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
-# Seconds that a process leaves to the first one, which mostly meets the same error and says so: its end ends this process.
-OTHERS_MEET_IT = 5
+# Of several processes the one that knows best what is wrong shall say it, and its end then ends the others: these wait so
+# many seconds before they say it themselves. All may meet the same error: the first process says it.
+HEAD_START = 5
 
 # What lowers a stage's need of GPU memory: first what leaves its result as it is.
 LESS_MEMORY = {
@@ -48,13 +49,12 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
     started = time.perf_counter()
     try:
         main(*given)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise  # a library's error is a bug of ours: its traceback is what helps
-        sys.exit(_fail(f"{name}: {error}"))
     except Exception as error:
-        if not (text := _out_of_memory(name, error)):
-            raise
+        text = f"{name}: {error}" if isinstance(error, ValueError) and _is_ours(error) else _out_of_memory(name, error)
+        if text is None:
+            if "LOCAL_RANK" in os.environ:
+                time.sleep(HEAD_START)  # it may be for want of another process, whose end then ends this one
+            raise  # a library's error is a bug of ours: its traceback is what helps
         sys.exit(_fail(text))
     print(f"{' '.join([name, *given])}: {time.perf_counter() - started:.1f} s", flush=True)
     gc.freeze()  # the process ends here: looking through all that PyTorch loaded for garbage takes another second
@@ -83,6 +83,6 @@ def _out_of_memory(name: str, error: Exception) -> str | None:
 
 def _fail(text: str) -> int:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(OTHERS_MEET_IT)
+        time.sleep(HEAD_START)
     print(text, file=sys.stderr, flush=True)
     return 2

@@ -62,6 +62,10 @@ def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = N
     if kill_at:
         killed(run, KillAt(kill_at))
     model, metrics = run()
+    barrier()  # the first process has written what was logged
+    for file in sorted((folder / "live" / "plots" / "metrics").iterdir()):
+        if file.stem != "tokens_per_second":
+            metrics[f"logged {file.stem}"] = [float(line.split("\t")[1]) for line in file.read_text().splitlines()[1:]]
     return ppo_helpers.trainable(model), metrics
 
 

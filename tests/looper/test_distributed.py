@@ -161,7 +161,8 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
         assert found_metrics == both[0][1] and found_metrics.keys() == metrics.keys()
         assert all(torch.equal(found[name].cpu(), both[0][0][name].cpu()) for name in weights), "no process drifts away"
         for name in metrics:
-            assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+            rough = name == "logged entropy"  # TRL logs the mean of the passes' means, and the passes are others
+            assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-3 if rough else 1e-4, abs=1e-6), name
 
 
 @pytest.mark.slow
@@ -242,27 +243,30 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-def environment(folder: Path, home: str = "home") -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HOME": str(folder / home), "OMP_NUM_THREADS": "1"}
+def environment(folder: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
 
 
-def start(folder: Path, *stage: str, home: str = "home") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", *stage], cwd=folder, env=environment(folder, home), capture_output=True,
+def start(folder: Path, *stage: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", *stage], cwd=folder, env=environment(folder), capture_output=True,
                           text=True, timeout=120)
 
 
 @pytest.mark.slow
-def test_a_stage_on_two_processes_writes_the_same_files(project):
-    written = []
-    for home in ("home", "nothing there"):
-        done = start(project, "stages.eval", "base", "models/base/manifest.json", home=home)
-        assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stdout.startswith("eval base "), done.stderr
-        files = [project / "data" / "predictions" / "base.jsonl", project / "metrics" / "eval_base.json"]
-        written.append([file.read_bytes() for file in files])
-        for file in files:
-            file.unlink()
-        assert not list((project / ".scratch").iterdir())
-    assert written[0] == written[1]
+def test_a_stage_on_two_processes_writes_the_same_files(project, monkeypatch):
+    from stages.eval import main
+
+    arguments, files = ("base", "models/base/manifest.json"), ["data/predictions/base.jsonl", "metrics/eval_base.json"]
+    done = start(project, "stages.eval", *arguments)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stdout.startswith("eval base "), done.stderr
+    assert not list((project / ".scratch").iterdir())
+    on_two = [(project / file).read_bytes() for file in files]
+    for file in files:
+        (project / file).unlink()
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("HF_HOME", str(project / "nothing is there"))
+    main(*arguments)
+    assert [(project / file).read_bytes() for file in files] == on_two
 
 
 @pytest.mark.slow
@@ -274,7 +278,7 @@ def test_a_stage_on_two_processes_writes_the_same_files(project):
 def test_one_processs_end_is_the_stages_end_and_is_said_once(project, what, status, error):
     done = start(project, "stages.meets", what)
     assert (done.returncode, done.stdout) == (status, "2 processes\n"), done.stderr
-    assert done.stderr.count("meets: ") == 1 and error in done.stderr
+    assert done.stderr.count("meets: ") == 1 and error in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
