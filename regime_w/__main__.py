@@ -6,7 +6,6 @@ python -m regime_w bench [N]                   scores N random questions (100,00
 python -m regime_w counterfactuals GSM8K.jsonl prints the share of questions that get one
 """
 
-import gc
 import json
 import sys
 import tempfile
@@ -73,5 +72,4 @@ def counterfactual_share(source: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    gc.disable()  # rows hold no cycles: counting references frees them all
     sys.exit(main(sys.argv[1:]))

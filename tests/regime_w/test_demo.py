@@ -1,4 +1,3 @@
-import gc
 import io
 import json
 import runpy
@@ -134,7 +133,6 @@ def test_as_programs(module: str, status: int, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns that it runs a second time
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
-    gc.enable()  # for the tests after this one
     assert stopped.value.code == status
     assert f"python -m {module}" in "".join(capsys.readouterr())
 
