@@ -185,5 +185,5 @@ def undivided(loader: "DataLoader") -> "DataLoader":
     if world() > 1:
         divider = loader.batch_sampler  # accelerate's BatchSamplerShard; of one process and not filled up, it divides nothing
         divider.num_processes, divider.process_index, divider.even_batches = 1, 0, False
-        loader._drop_last = True  # so that what is logged counts every process in an epoch's last, smaller batch too
+        loader._drop_last = True  # so that what is logged counts every process, at an epoch's last, smaller update too
     return loader

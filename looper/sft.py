@@ -34,9 +34,10 @@ class SFTTrainer(TRLTrainer):
 
 
 def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], rows: list[dict]) -> dict[str, Any]:
-    """This process's rows of a pass. One that has none takes the first row with nothing to learn in it: its zeros belong
-    to the gradients' sum, for which the others wait."""
-    return collate(share(rows) or [{**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}])
+    """This process's rows of a pass. One that has none takes two tokens with nothing to learn: its zeros belong to the
+    gradients' sum, for which the others wait."""
+    blank = {name: values[:2] for name, values in rows[0].items()} | {"labels": [IGNORED] * 2}
+    return collate(share(rows) or [blank])
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import CPU, tiny_model, tiny_rows, tiny_sft, tiny_tokenizer
 from transformers import TrainerCallback
 
-from looper.distributed import barrier, first_process_only, rank, start_processes
+from looper.distributed import barrier, first_process_only, rank, start_processes, world
 from looper.generation import Request, generate_in_chunks
 from looper.params import Eval, Rollouts
 from looper.ppo import VALUE_HEAD, train_ppo
@@ -52,12 +52,14 @@ def work(folder: Path, device: str) -> dict[str, Any]:
 
 
 def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = None) -> tuple[dict, dict]:
-    """Three updates an epoch: two of eight rows in passes of four, and one of the row that is left."""
-    settings = tiny_sft(lora={"dropout": dropout}, epochs=2, batch_size=8, micro_batch=2, learning_rate=1e-3, save_steps=2)
+    """Three updates an epoch, of eight, eight and five rows, in passes of four and of one: for that one there is no row
+    for a second process."""
+    settings = tiny_sft(lora={"dropout": dropout}, epochs=2, batch_size=8, micro_batch=4 // world(), learning_rate=1e-3,
+                        save_steps=2)
 
     def run(*callbacks: TrainerCallback) -> tuple[Any, dict]:
         with patch("looper.sft._OnlyFinite", lambda: callbacks[0] if callbacks else TrainerCallback()):
-            return finetune(tiny_model().to(device), TOKENIZER, CHATML, tiny_rows(17), settings, folder, folder / "live")
+            return finetune(tiny_model().to(device), TOKENIZER, CHATML, tiny_rows(21), settings, folder, folder / "live")
 
     if kill_at:
         killed(run, KillAt(kill_at))

@@ -161,8 +161,7 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
         assert found_metrics == both[0][1] and found_metrics.keys() == metrics.keys()
         assert all(torch.equal(found[name].cpu(), both[0][0][name].cpu()) for name in weights), "no process drifts away"
         for name in metrics:
-            rough = name == "logged entropy"  # TRL logs the mean of the passes' means, and the passes are others
-            assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-3 if rough else 1e-4, abs=1e-6), name
+            assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.slow
