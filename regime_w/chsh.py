@@ -75,20 +75,23 @@ def _permuted(pairs: Sequence[tuple[Outcomes, Outcomes]], counts: np.ndarray, re
               ) -> np.ndarray:
     """Mean S of `resamples` random deals, shape (resamples,).
 
-    A random deal is a random table with the margins of the observed one: its rows are drawn one after the other,
-    without replacement, from what the second party's outcomes have left.
+    A random deal is a random table with the margins of the observed one: row after row, and in each cell after cell,
+    hypergeometric draws without replacement from what the second party's outcomes have left. All deals at once.
     """
     firsts, seconds = sorted({a for a, _ in pairs}), sorted({b for _, b in pairs})
     row_sums = [sum(int(count) for (a, _), count in zip(pairs, counts) if a == first) for first in firsts]
     column_sums = [sum(int(count) for (_, b), count in zip(pairs, counts) if b == second) for second in seconds]
-    values = np.array([[s_value(correlations(a, b)) for b in seconds] for a in firsts])
+    left = np.tile(column_sums, (resamples, 1))  # [resamples, columns]
     sums = np.zeros(resamples)
-    for i in range(resamples):
-        left = np.array(column_sums)
-        for row, row_sum in enumerate(row_sums):
-            dealt = rng.multivariate_hypergeometric(left, row_sum, method="marginals")
-            left -= dealt
-            sums[i] += dealt @ values[row]
+    for first, row_sum in zip(firsts, row_sums):
+        to_deal = np.full(resamples, row_sum)
+        behind = left.sum(1)  # what the columns after this one have left
+        for column, second in enumerate(seconds):
+            behind -= left[:, column]
+            dealt = rng.hypergeometric(left[:, column], behind, to_deal)
+            to_deal -= dealt
+            left[:, column] -= dealt
+            sums += dealt * s_value(correlations(first, second))
     return sums / sum(row_sums)
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar
@@ -16,11 +18,32 @@ _KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer",
           NoneType: "null"}
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False)  # a parsed row holds no circle
 
-Fields = dict[str, tuple[type, ...]]
-_ROW: Fields = {"id": (str,), "gold_answer": (str,), "arm_outputs": (list,), "counterfactual": (dict, NoneType)}
-_OUTPUT: Fields = {"name": (str,), "style": (str,), "answer": (str, NoneType), "num_tokens": (int,)}
-_OUTPUT_ON_BOTH: Fields = _OUTPUT | {"counterfactual": (dict,)}
-_ANSWER: Fields = {"answer": (str, NoneType)}
+
+class _Fields:
+    """The fields that a record must have, and of which types."""
+
+    def __init__(self, **kinds: tuple[type, ...]) -> None:
+        self.kinds = kinds
+        self._values = itemgetter(*kinds, *kinds)  # each twice: of a single name it would give no tuple
+        self._right = {types * 2 for types in product(*kinds.values())}
+
+    def hold(self, record: dict) -> bool:
+        """Whether `record` has them all, in one look: hundreds of thousands are right for one that is not."""
+        try:
+            return tuple(map(type, self._values(record))) in self._right  # by type, as True is an int to isinstance
+        except KeyError:
+            return False
+
+
+_ROW = _Fields(id=(str,), gold_answer=(str,), arm_outputs=(list,), counterfactual=(dict, NoneType))
+_OUTPUT = _Fields(name=(str,), style=(str,), answer=(str, NoneType), num_tokens=(int,))
+_OUTPUT_ON_BOTH = _Fields(**_OUTPUT.kinds, counterfactual=(dict,))
+_ANSWER = _Fields(answer=(str, NoneType))
+_CHANGED = _Fields(gold_answer=(str,))
+_ARM = _Fields(arm=(str,))
+_SCORED = _Fields(arm_outputs=(list,))
+_SCORED_OUTPUT = _Fields(name=(str,), correct=(bool,))
+_PROBLEM = _Fields(question=(str,), answer=(str,))
 MAX_TOKENS = 10**9
 
 
@@ -76,7 +99,7 @@ def check_row(row: Any) -> None:
     if not outputs:
         _fail("arm_outputs", outputs, "a list of at least one arm's output")
     if other is not None:
-        _check(other, ("counterfactual",), {"gold_answer": (str,)})
+        _check(other, ("counterfactual",), _CHANGED)
         _check_number(other, ("counterfactual",))
     for i, output in enumerate(outputs):
         where = ("arm_outputs", i)
@@ -84,7 +107,7 @@ def check_row(row: Any) -> None:
         if not 0 <= output["num_tokens"] <= MAX_TOKENS:
             _fail(_path((*where, "num_tokens")), output["num_tokens"], f"from 0 to {MAX_TOKENS} (tokens)")
         if "arm" in output:
-            _check(output, where, {"arm": (str,)})
+            _check(output, where, _ARM)
         if other is not None:
             _check(output["counterfactual"], (*where, "counterfactual"), _ANSWER)
     if len({output["name"] for output in outputs}) < len(outputs):
@@ -93,17 +116,17 @@ def check_row(row: Any) -> None:
 
 def check_scored(row: Any) -> dict:
     """The row. Raises ValueError that names the field if it lacks what `bandit.replay` reads of a scored row."""
-    _check(row, (), {"arm_outputs": (list,)})
+    _check(row, (), _SCORED)
     if not row["arm_outputs"]:
         _fail("arm_outputs", [], "a list of at least one arm's output")
     for i, output in enumerate(row["arm_outputs"]):
-        _check(output, ("arm_outputs", i), {"name": (str,), "correct": (bool,)}, "score the file first")
+        _check(output, ("arm_outputs", i), _SCORED_OUTPUT, "score the file first")
     return row
 
 
 def check_problem(row: Any) -> None:
     """Raises ValueError that names the field if a row is no problem as GSM8K stores it."""
-    _check(row, (), {"question": (str,), "answer": (str,)})
+    _check(row, (), _PROBLEM)
 
 
 def _parse(line: bytes) -> Any:
@@ -113,15 +136,15 @@ def _parse(line: bytes) -> Any:
         raise ValueError(f"not a JSON object ({error}); mend or remove this line") from None
 
 
-def _check(record: Any, where: tuple, fields: Fields, add: str = "add it") -> None:
+def _check(record: Any, where: tuple, fields: _Fields, add: str = "add it") -> None:
     if type(record) is not dict:
         _fail(_path(where), record, "an object")
-    for name, kinds in fields.items():
-        value = record.get(name, _MISSING)
-        if type(value) not in kinds:  # by type, as True is an int to isinstance
-            if value is _MISSING:
-                raise ValueError(f"field '{_path((*where, name))}' is missing; {add}")
-            _fail(_path((*where, name)), value, " or ".join(_KINDS[kind] for kind in kinds))
+    if fields.hold(record):
+        return
+    name = next(name for name, kinds in fields.kinds.items() if type(record.get(name, _MISSING)) not in kinds)
+    if name not in record:
+        raise ValueError(f"field '{_path((*where, name))}' is missing; {add}")
+    _fail(_path((*where, name)), record[name], " or ".join(_KINDS[kind] for kind in fields.kinds[name]))
 
 
 def _check_number(record: dict, where: tuple) -> None:

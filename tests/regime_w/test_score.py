@@ -240,7 +240,8 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> 
         return size
 
     peak(40)  # fills caches
-    assert peak(160) - peak(40) < 100_000  # bytes; 120 rows themselves take some 700 thousand
+    # Bytes; 120 rows themselves take some 700 thousand, and the interpreter keeps freed tuples, 2,000 of a size at most
+    assert peak(160) - peak(40) < 200_000
 
 
 @pytest.mark.parametrize(("cf", "expected", "placeholders"), [("chsh", 0.25, 1.0), ("counterfactual", 1.0, 0.0)])
