@@ -1,9 +1,9 @@
 """Several processes, one a GPU: how a stage starts them, and how they work as one.
 
-This machine's accelerate configuration (`accelerate config` writes it) says how many; without one a stage is one process.
-Every process loads the whole model. Training divides each batch's rows among them and sums the gradients; generation
-divides its chunks. The first process alone writes what the stage makes. Processes on several hosts need the repository's
-folder on a file system that all of them see.
+This machine's accelerate configuration (`accelerate config` writes it) says how many; without one a stage is one
+process. Every process loads the whole model. Training divides each batch's rows among them and sums the gradients;
+generation divides its chunks. The first process alone writes what the stage makes. Processes on several hosts need the
+repository's folder on a file system that all of them see, and each host's stage started there.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
-# How long a process waits for the others: the slowest may be a chunk of answers behind. A process that dies ends the wait,
-# because the launcher then stops all.
+# How long a process waits for the others: the slowest may be a chunk of answers behind. A process that dies ends the
+# wait, because the launcher then stops all.
 PATIENCE = timedelta(days=1)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
@@ -87,14 +87,14 @@ def _launch(one_host: bool) -> int:
         number, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        print(f"{name}: process {number} was ended by signal {-failure.exitcode}; run the stage again: it goes on where it "
-              "was", file=sys.stderr)
+        print(f"{name}: process {number} was ended by signal {-failure.exitcode}; run the stage again: it goes on where "
+              "it was", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
 
 
 def _join(model: Model) -> None:
-    if sys.platform == "linux":  # a launcher that is killed outright cannot end its processes: they would write on, unseen
+    if sys.platform == "linux":  # else the processes of a launcher that was killed outright would write on, unseen
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ["RANK"] != "0":
         os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm
@@ -106,8 +106,8 @@ def _join(model: Model) -> None:
     backend, local = "gloo", int(os.environ["LOCAL_RANK"])
     if model.device == "cuda" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise ValueError(f"the launcher started more processes than this host has GPUs ({torch.cuda.device_count()}); "
-                             "lower num_processes: accelerate config")
+            raise ValueError("the launcher started more processes than this host has GPUs "
+                             f"({torch.cuda.device_count()}); lower num_processes: accelerate config")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"  # gloo where the host waits: NCCL would keep the GPU busy with waiting
     torch.distributed.init_process_group(backend, timeout=PATIENCE)
@@ -179,11 +179,11 @@ def barrier() -> None:
 def undivided(loader: "DataLoader") -> "DataLoader":
     """A Trainer's data loader, from which every process draws every batch.
 
-    accelerate would give each process whole batches of its own, and the first rows again where they do not come out even.
-    A trainer of ours takes its `share` of each batch instead: the same batches, whatever the number of processes.
+    accelerate would give each process whole batches of its own, and the first rows again where they do not come out
+    even. A trainer of ours takes its `share` of each batch instead: the same batches, whatever the number of processes.
     """
     if world() > 1:
-        divider = loader.batch_sampler  # accelerate's BatchSamplerShard; of one process and not filled up, it divides nothing
+        divider = loader.batch_sampler  # accelerate's BatchSamplerShard: for one process it divides nothing
         divider.num_processes, divider.process_index, divider.even_batches = 1, 0, False
         loader._drop_last = True  # so that what is logged counts every process, at an epoch's last, smaller update too
     return loader

@@ -192,7 +192,8 @@ class OfflinePPOTrainer(Trainer):
             value = ppo_math.value_loss(values, batch.old_values, batch.returns, batch.mask, settings.value_clip)
             loss = loss + settings.value_coef * value.loss
             means |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-        whole = total(torch.tensor([weight * mean.item() for mean in [*means.values(), loss]], dtype=torch.float64)).tolist()
+        parts = [weight * mean.item() for mean in [*means.values(), loss]]
+        whole = total(torch.tensor(parts, dtype=torch.float64)).tolist()
         if not isfinite(whole.pop()):
             raise self._non_finite("loss", [step.batch[row] for row in step.rows])
         self._add(**dict(zip(means, whole, strict=True)))

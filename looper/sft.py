@@ -25,7 +25,7 @@ IGNORED = -100  # the label of a position that is not learned
 
 
 class SFTTrainer(TRLTrainer):
-    """TRL's, in which several processes divide the rows of each pass; TRL takes their losses' mean over all their tokens."""
+    """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
     def get_train_dataloader(self) -> DataLoader:
         if world() > 1:
@@ -93,7 +93,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
 
 
 def passes_an_update(sft: Sft, processes: int) -> int:
-    """The fewest passes of equal size that make an update of batch_size rows, with at most micro_batch rows a process."""
+    """The fewest passes of equal size that make an update of batch_size rows, at most micro_batch rows a process."""
     return next(passes for passes in range(1, sft.batch_size + 1)
                 if sft.batch_size % passes == 0 and sft.batch_size <= passes * sft.micro_batch * processes)
 

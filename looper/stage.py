@@ -15,8 +15,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 # compiled: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has an adapter.
 TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
-# Of several processes the one that knows best what is wrong shall say it, and its end then ends the others: these wait so
-# many seconds before they say it themselves. All may meet the same error: the first process says it.
+# Of several processes the one that knows best what is wrong shall say it, and its end then ends the others: these wait
+# so many seconds before they say it themselves. All may meet the same error: the first process says it.
 HEAD_START = 5
 
 # What lowers a stage's need of GPU memory: first what leaves its result as it is.

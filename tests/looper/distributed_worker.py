@@ -59,7 +59,8 @@ def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = N
 
     def run(*callbacks: TrainerCallback) -> tuple[Any, dict]:
         with patch("looper.sft._OnlyFinite", lambda: callbacks[0] if callbacks else TrainerCallback()):
-            return finetune(tiny_model().to(device), TOKENIZER, CHATML, tiny_rows(21), settings, folder, folder / "live")
+            model = tiny_model().to(device)
+            return finetune(model, TOKENIZER, CHATML, tiny_rows(21), settings, folder, folder / "live")
 
     if kill_at:
         killed(run, KillAt(kill_at))
@@ -116,8 +117,8 @@ def targets(model, folder: Path) -> tuple[list, dict]:
 def rollouts(model, folder: Path, allocation: str) -> list:
     settings = Rollouts(questions=3, allocation=allocation, max_new_tokens=6, batch_size=2, seed=0)
     rows = tiny_rows(3)
-    counterfactuals = {rows[1]["id"]: {**rows[1], "question": rows[2]["question"], "gold_answer": "1", "changed_from": 2,
-                                       "changed_to": 3}}
+    changed = {"question": rows[2]["question"], "gold_answer": "1", "changed_from": 2, "changed_to": 3}
+    counterfactuals = {rows[1]["id"]: {**rows[1], **changed}}
     return roll_out(model, TOKENIZER, CHATML, rows, counterfactuals, settings, folder)
 
 
@@ -125,5 +126,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     here, device = Path(sys.argv[1]), sys.argv[2]
     start_processes(CPU.model_copy(update={"device": device}))
-    torch.save(work(here, f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"), here / f"rank-{rank()}.pt")
+    own = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
+    torch.save(work(here, own), here / f"rank-{rank()}.pt")
     first_process_only()

@@ -1,4 +1,4 @@
-"""Several processes against one: the same training up to the order of sums, the same answers, the same end after an error."""
+"""Several processes against one: the same training up to the order of sums, the same answers, one end after an error."""
 
 import os
 import runpy
@@ -43,7 +43,8 @@ def configure(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("names", [{}, {"HF_HOME": "~/a"}, {"XDG_CACHE_HOME": "/b"}, {"HF_HOME": "/a", "XDG_CACHE_HOME": "/b"}])
+@pytest.mark.parametrize("names", [{}, {"HF_HOME": "~/a"}, {"XDG_CACHE_HOME": "/b"},
+                                   {"HF_HOME": "/a", "XDG_CACHE_HOME": "/b"}])
 def test_the_configuration_is_where_accelerate_looks_for_it(monkeypatch, names):
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -172,7 +173,8 @@ def test_answers_are_identical(made, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "whole"), [("sft killed", "sft with dropout"), ("ppo question killed", "ppo question")])
+@pytest.mark.parametrize(("task", "whole"), [("sft killed", "sft with dropout"),
+                                             ("ppo question killed", "ppo question")])
 def test_a_killed_training_goes_on_with_the_same_bits(made, task, whole):
     for each in [made[0], *made[1]]:
         (weights, metrics), (expected, expected_metrics) = each[task], each[whole]
@@ -284,7 +286,8 @@ def test_one_processs_end_is_the_stages_end_and_is_said_once(project, what, stat
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
 def test_the_processes_end_when_their_launcher_is_killed(project):
     """Else they would go on beside the next run, which takes up the same scratch folder."""
-    with subprocess.Popen([sys.executable, "-m", "stages.meets", "waiting"], cwd=project, env=environment(project)) as launcher:
+    command = [sys.executable, "-m", "stages.meets", "waiting"]
+    with subprocess.Popen(command, cwd=project, env=environment(project)) as launcher:
         deadline, files = time.monotonic() + 60, [project / f"process-{i}" for i in range(2)]
         while not all(file.exists() and file.read_text() for file in files):
             assert launcher.poll() is None and time.monotonic() < deadline
@@ -292,7 +295,7 @@ def test_the_processes_end_when_their_launcher_is_killed(project):
         launcher.kill()
     programs = [Path("/proc", file.read_text(), "cmdline") for file in files]
     deadline = time.monotonic() + 10
-    while any(program.exists() and program.read_bytes() for program in programs):  # empty: ended, its parent not yet told
+    while any(program.exists() and program.read_bytes() for program in programs):  # empty: ended, not yet reaped
         assert time.monotonic() < deadline, "a process lives on"
         time.sleep(0.05)
 
@@ -303,4 +306,5 @@ def test_bad_params_are_said_once_and_nothing_is_started(project):
     done = start(project, "stages.eval", "base", "models/base/manifest.json")
     (project / "params.yaml").write_text(params)
     assert (done.returncode, done.stderr.count("eval.max_new_tokens: ")) == (2, 1), done.stderr
-    assert done.stderr.startswith("eval: params.yaml has 1 error(s); nothing was run\n") and done.stderr.count("\n") == 2
+    assert done.stderr.startswith("eval: params.yaml has 1 error(s); nothing was run\n")
+    assert done.stderr.count("\n") == 2
