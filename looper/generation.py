@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
-from math import isfinite
+from math import ceil, isfinite
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -96,13 +96,16 @@ def generate_in_chunks(
     Called again, it reads the whole chunks and generates the others; a chunk that is damaged or was made for other
     requests or settings is generated anew. Each chunk has its own seed, so the result does not depend on
     interruptions. The model is not part of a chunk's identity: key scratch_dir by what determines it. A chunk ends
-    with a shrinking batch, so it should be several times batch_size: 4 times, unless chunk_size says otherwise.
+    with a shrinking batch, so it should be several times batch_size: unless chunk_size says otherwise, all are equal and of
+    4 times at most.
 
     Several processes divide the chunks, which are what they are in one process, and each returns all completions. Fewer
     chunks than processes leave some of these idle: lower batch_size where one chunk holds all requests.
     """
     _check(model, requests, [max_new_tokens] * len(requests), batch_size)
-    chunk_size = 4 * batch_size if chunk_size is None else chunk_size
+    if chunk_size is None:
+        count = max(1, ceil(len(requests) / (4 * batch_size)))
+        chunk_size = max(1, ceil(len(requests) / count))  # equal, so that several processes have equal work
     if chunk_size < 1:
         raise ValueError(f"generate_in_chunks: chunk_size is {chunk_size}; it must be at least 1")
     chunks = [requests[start : start + chunk_size] for start in range(0, len(requests), chunk_size)]

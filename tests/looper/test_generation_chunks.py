@@ -43,6 +43,11 @@ def test_chunks_keep_the_order_and_hold_what_generate_gives(llama, tmp_path):
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-5)
 
 
+def test_chunks_are_equal_and_of_four_batches_at_most(llama, tmp_path, count_runs):
+    generate_in_chunks(llama, make_requests(), tmp_path, **settings(batch_size=1))  # 9 requests: 4, 4 and 1 would be unequal
+    assert count_runs == [3, 3, 3]
+
+
 def test_each_chunk_has_samples_of_its_own(llama, tmp_path):
     found = run_chunks(llama, tmp_path, [Request(make_prompts()[2], 1.0)] * 4)
     assert found[:2] != found[2:]
