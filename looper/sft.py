@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -10,18 +11,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
 from looper.distributed import rank, share, undivided, world
 from looper.live import LiveMetrics
+from looper.packing import IGNORED, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
 from looper.scratch import last_checkpoint
-
-IGNORED = -100  # the label of a position that is not learned
 
 
 class SFTTrainer(TRLTrainer):
@@ -83,12 +82,10 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
                          callbacks=[LiveMetrics(live), _OnlyFinite()])
-    hooks = _spare_what_the_loss_ignores(trainer.model)
     if rank():
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
-    for hook in hooks:
-        hook.remove()
+    with _sparing(trainer.model):
+        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     return trainer.model, _metrics(trainer, dataset)
 
 
@@ -108,36 +105,24 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[
     return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
 
 
-def _spare_what_the_loss_ignores(model: PeftModel) -> list[RemovableHandle]:
-    """Hooks that leave out padding and, on the CPU, the vocabulary's logits of unlabelled positions."""
+def _sparing(model: PeftModel) -> AbstractContextManager:
+    """Within the block no mask reaches the model, and on the CPU no padding either."""
+    return packed(model) if model.device.type == "cpu" else _unmasked(model)
+
+
+@contextmanager
+def _unmasked(model: PeftModel) -> Iterator[None]:
     # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
     # fused kernels stay in use, and bfloat16 gradients stay finite.
-    hooks = [model.register_forward_pre_hook(_without_mask, with_kwargs=True)]
-    if model.device.type == "cpu":  # TRL's head for GPUs takes the labelled positions itself
-        hooks += _head_on_labelled_positions(model)
-    return hooks
+    hook = model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _without_mask(module, args, kwargs):
     return args, {**kwargs, "attention_mask": None}
-
-
-def _head_on_labelled_positions(model: PeftModel) -> list[RemovableHandle]:
-    """Gives TRL's head the hidden states that have a label, and those labels as already shifted."""
-    labelled = None  # [rows, length - 1]: whether the position's next token is learned
-
-    def before_model(module, args, kwargs):
-        nonlocal labelled
-        labels = kwargs.pop("labels")[:, 1:]
-        labelled = labels != IGNORED
-        return args, {**kwargs, "shift_labels": labels[labelled][None]}
-
-    def after_backbone(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, :-1][labelled][None]
-        return output
-
-    return [model.register_forward_pre_hook(before_model, with_kwargs=True),
-            model.get_base_model().base_model.register_forward_hook(after_backbone)]
 
 
 class _OnlyFinite(TrainerCallback):

@@ -1,6 +1,7 @@
 """Fine-tuning by TRL's own trainer, the tiny model in float32: what is trained on, and that a kill changes nothing."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -122,23 +123,23 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(train, tokenizer, loss_
 
 
 def test_what_the_loss_does_not_need_is_left_out_and_not_missed(train, monkeypatch):
-    """No mask (rows are padded on the right), and the head on the positions that have a label alone."""
-    def masks_seen():
+    """No padding and no mask, and the head on the positions that have a label alone."""
+    def passes_seen():
         model, seen = tiny_model(), []
-        model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]),
-                                              with_kwargs=True)
+        model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
         return model, seen
 
-    model, seen = masks_seen()
+    model, seen = passes_seen()
     lean = train(settings=tiny_sft(), model=model, name="lean")
-    assert len(seen) == 2 and seen == [None, None]
+    assert len(seen) == 2 and sum(each["input_ids"].numel() for each in seen) == lean[1]["tokens"], "no padding"
+    assert all(each.get("attention_mask") is None and each["position_ids"].max() < 100 for each in seen)
     trained = sum(label != -100 for row in lean[2].train_dataset for label in row["labels"])
     assert len(lean[3].positions) == 2 and sum(lean[3].positions) == trained, "the head saw what is trained on"
-    assert not lean[2].model._forward_pre_hooks and not model.model._forward_hooks, "the hooks go when training is over"
-    monkeypatch.setattr(sft, "_spare_what_the_loss_ignores", lambda model: [])
-    model, seen = masks_seen()
+    assert model.config._attn_implementation == "sdpa", "the model is as it was when training is over"
+    monkeypatch.setattr(sft, "_sparing", lambda model: nullcontext())
+    model, seen = passes_seen()
     plain = train(settings=tiny_sft(), model=model, name="plain")
-    assert len(seen) == 2 and all((mask == 0).any() for mask in seen), "there is padding"
+    assert len(seen) == 2 and all((each["attention_mask"] == 0).any() for each in seen), "there is padding"
     assert sum(plain[3].positions) > 2 * trained
     for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
         logged = [[entry[name] for entry in run[2].state.log_history if name in entry] for run in (lean, plain)]

@@ -1,0 +1,87 @@
+"""What fine-tuning on a processor computes without padding is what the plain way computes, gradients included."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from looper import packing
+from looper.packing import ATTENTION, HEAD_POSITIONS, Head, packed, row_attention
+
+COUNTS = [0, 1, HEAD_POSITIONS, 2 * HEAD_POSITIONS + 3]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_head_is_log_softmax_of_the_logits(count):
+    hidden, weight = drawn(count, 32).requires_grad_(), drawn(90, 32, seed=1)
+    targets = torch.randint(90, (count,), generator=torch.Generator().manual_seed(2))
+    targets[::2] = (hidden @ weight.T).argmax(-1)[::2]  # every second is the likeliest
+    log_probs, entropies, is_top1 = Head.apply(hidden, weight, targets)
+    same = hidden.detach().double().requires_grad_()
+    expected = torch.log_softmax(same @ weight.double().T, -1)
+    torch.testing.assert_close(log_probs.double(), expected[torch.arange(count), targets], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5)
+    assert torch.equal(is_top1, expected.argmax(-1) == targets) and is_top1[::2].all()
+    by_log_prob = drawn(count, seed=3)
+    log_probs.backward(by_log_prob)
+    expected[torch.arange(count), targets].backward(by_log_prob.double())
+    torch.testing.assert_close(hidden.grad.double(), same.grad, rtol=0, atol=1e-4)
+    assert count == 0 or same.grad.abs().max() > 0.1
+
+
+def test_a_row_attends_to_its_own_past_alone():
+    lengths = [3, 1, 5]
+    query, key, value = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8, seed=1), drawn(1, 2, 9, 8, seed=2)
+    out, _ = row_attention(None, query, key, value, None, scaling=0.3, row_lengths=lengths)
+    assert out.shape == (1, 9, 4, 8)
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    allowed = (row[:, None] == row) & torch.ones(9, 9).tril().bool()
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    expected = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-6)
+
+
+class Wrapped(torch.nn.Module):
+    """As a PeftModel, so far as `packed` asks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self):
+        return self.model
+
+
+def test_a_pass_scores_the_labelled_positions_of_every_row():
+    model = tiny_model()
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13], [14, 15, 16, 17]]
+    ids = torch.tensor([row + [0] * (6 - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (6 - len(row)) for row in rows])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :3] = labels[2, :1] = -100  # what nothing precedes, and a prompt
+    with torch.no_grad(), packed(Wrapped(model)):
+        scores = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+    expected = []
+    for row, kept in zip(rows, [3, 1, 1]):
+        with torch.no_grad():
+            log_p = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        expected += [log_p[at - 1, row[at]] for at in range(kept, len(row))]
+    assert scores.label_mask.sum() == len(expected) == 8
+    torch.testing.assert_close(scores.log_probs, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "gemma2"}, {"model_type": "qwen2", "use_sliding_window": True}])
+def test_a_model_of_another_kind_keeps_its_way(change, monkeypatch):
+    model = tiny_model()
+    before = model.forward
+    with packed(Wrapped(model)):
+        assert model.config._attn_implementation == ATTENTION and model.forward != before
+    assert model.forward == before
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with packed(Wrapped(model)):
+        assert model.config._attn_implementation == "sdpa" and model.forward == before
+    assert "llama" in packing.PLAIN
