@@ -30,6 +30,14 @@ def iterate_jsonl(path: Path, fields: Mapping[str, type | tuple[type, ...]] | No
             yield row
 
 
+def read_first(path: Path, count: int, setting: str, fields: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """The first `count` rows of `path`, which `setting` asks for. Raises ValueError if there are fewer."""
+    rows = read_jsonl(path, fields)
+    if len(rows) < count:
+        raise ValueError(f"{path} holds {len(rows)} rows, {setting} asks for {count}; lower it, or prepare more rows")
+    return rows[:count]
+
+
 def check_row(row: Any, fields: Mapping[str, type | tuple[type, ...]], where: str) -> None:
     """Raises ValueError, which names `where`, for a row that is no object, or lacks or mistypes one of `fields`."""
     if not isinstance(row, dict):

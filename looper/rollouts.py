@@ -22,8 +22,12 @@ WAVE = 32  # questions that Thompson sampling allocates at once: few enough to l
 
 
 def questions_of_round(rows: list[dict], count: int, number: int) -> list[dict]:
-    """The `count` rows that round `number` (from 1) asks: each round the next ones, then the first again."""
-    count = min(count, len(rows))
+    """The `count` rows that round `number` (from 1) asks: each round the next ones, then the first again.
+
+    Raises ValueError if there are fewer.
+    """
+    if len(rows) < count:
+        raise ValueError(f"the train split holds {len(rows)} questions, rollouts.questions asks for {count}; lower it")
     start = (number - 1) * count
     return [rows[i % len(rows)] for i in range(start, start + count)]
 

@@ -19,12 +19,12 @@ def main() -> None:
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.files import write_json
-    from looper.jsonl import read_jsonl
+    from looper.jsonl import read_first, read_jsonl
     from looper.predictions import dev_metrics
     from looper.prompts import ROW, TEMPLATES
     from looper.scratch import scratch
 
-    rows = read_jsonl(Path("data/dev.jsonl"), ROW)[:params.dev_eval.questions]
+    rows = read_first(Path("data/dev.jsonl"), params.dev_eval.questions, "dev_eval.questions", ROW)
     counterfactuals = read_jsonl(Path("data/counterfactuals.jsonl"), {"id": str, "question": str, "gold_answer": str})
     model, tokenizer = load_for_generation(BASE, Path(params.final), params.model), load_tokenizer(BASE)
     with scratch("dev_ppo") as folder:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from looper.jsonl import iterate_jsonl, read_jsonl, write_jsonl
+from looper.jsonl import iterate_jsonl, read_first, read_jsonl, write_jsonl
 
 FIELDS = {"id": str, "answer": (str, type(None)), "count": int}
 
@@ -59,3 +59,11 @@ def test_rows_come_one_at_a_time(tmp_path):
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"train\.jsonl is not here; run the stage that writes it \(dvc repro\)"):
         read_jsonl(tmp_path / "train.jsonl")
+
+
+def test_the_first_rows_or_an_error_that_names_the_setting(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": str(i)} for i in range(3)])
+    assert [row["id"] for row in read_first(path, 2, "dev_eval.questions", {"id": str})] == ["0", "1"]
+    with pytest.raises(ValueError, match=r"rows.jsonl holds 3 rows, dev_eval.questions asks for 4; lower it"):
+        read_first(path, 4, "dev_eval.questions", {"id": str})
