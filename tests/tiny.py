@@ -53,7 +53,7 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
 def tiny_base(target: Path, seed: int = 0) -> Path:
     """`target` as the stage base leaves models/base: the tiny model with its manifest."""
     source = save_tiny(target.with_name(f"{target.name}-source"), seed)
-    fetch_base(FolderBase(source="folder", path=str(source), licence="none"), target)
+    fetch_base(FolderBase(source="folder", path=str(source), digest=None, licence="none"), target)
     return target
 
 

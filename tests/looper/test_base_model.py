@@ -47,8 +47,8 @@ WANTED = ["LICENSE.txt", "config.json", "generation_config.json", "manifest.json
           "tokenizer.json", "tokenizer_config.json"]
 
 
-def folder_base(path):
-    return FolderBase(source="folder", path=str(path), licence="MIT")
+def folder_base(path, digest=None):
+    return FolderBase(source="folder", path=str(path), digest=digest, licence="MIT")
 
 
 # ---- folder ----
@@ -57,11 +57,19 @@ def test_a_folder_is_copied_with_a_manifest_of_hashes(source, tmp_path):
     manifest = fetch_base(folder_base(source), tmp_path / "base")
     assert names(tmp_path / "base") == WANTED and names(tmp_path) == ["base"]
     assert read_json(tmp_path / "base" / "manifest.json") == manifest
-    assert list(manifest) == ["source", "path", "licence", "files", "digest"] and manifest["licence"] == "MIT"
+    assert list(manifest) == ["source", "path", "digest", "licence", "files"] and manifest["licence"] == "MIT"
     for name in set(WANTED) - {"manifest.json"}:
         assert manifest["files"][name] == hashlib.sha256((source / name).read_bytes()).hexdigest()
     lines = "".join(f"{value}  {name}\n" for name, value in sorted(manifest["files"].items()))
     assert manifest["digest"] == hashlib.sha256(lines.encode()).hexdigest() == base_digest(tmp_path / "base")
+
+
+def test_a_folder_with_a_digest_must_be_that_folder(source, tmp_path):
+    found = fetch_base(folder_base(source), tmp_path / "first")["digest"]
+    assert fetch_base(folder_base(source, found), tmp_path / "second")["digest"] == found
+    with pytest.raises(ValueError, match=rf"digest is {found}, base.digest says {'0' * 64}; nothing stored"):
+        fetch_base(folder_base(source, "0" * 64), tmp_path / "third")
+    assert names(tmp_path) == ["first", "second"]
 
 
 def test_weights_that_are_not_safetensors_are_refused_and_the_old_base_stays(source, tmp_path, copy):

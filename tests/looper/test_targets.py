@@ -216,7 +216,7 @@ def test_the_stage_writes_what_the_base_itself_answers_and_the_same_again(projec
     assert "self" in [target for _, target in expected], "the tiny model ends no answer with a number: try another seed"
 
     project(rows, targets="self", self=own)
-    fetch_base(FolderBase(source="folder", path=str(tmp_path / "source"), licence="none"), Path("models/base"))
+    fetch_base(FolderBase(source="folder", path=str(tmp_path / "source"), digest=None, licence="none"), Path("models/base"))
     stages.targets.main()
     first = Path("data/sft_targets.jsonl").read_bytes(), Path("metrics/targets.json").read_bytes()
     assert [(row["solution"], row["target"]) for row in written()] == expected
