@@ -5,6 +5,7 @@ a batch, so it takes a temperature's rows together and runs all to the longest; 
 """
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from itertools import groupby
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ GATE_ROWS = 16
 # In nats: of the largest and of the mean difference. In bfloat16 a logit of 20 is off by up to 0.06, so the mean is
 # held to 0.01 and a single token to 0.1, and greedy tokens may part where two are nearer than both their errors.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-1, 1e-2)}
+# A full pass in float32 is itself off by more than 1e-5 at single tokens: the largest error may be so many times that.
+OF_FULL_PASS = 3
 
 
 class Row(NamedTuple):
@@ -141,22 +144,36 @@ def count(written: Sequence[Completion | list[int]], rows: Sequence[Row]) -> int
 def gates(setup: Setup, model: PreTrainedModel, rows: Sequence[Row]) -> list[Gate]:
     """Greedy tokens against `generate`'s and log-probabilities against a pass over each whole row, on the first rows.
 
-    Where a row parts from `generate`'s, the gap is that between the two tokens' log-probabilities: a tie, or an error.
+    That pass is in float64 where the model is in float32, and in the model's dtype otherwise. Where a row parts from
+    `generate`'s, the gap is that between the two tokens' log-probabilities: a tie, or an error.
     """
     rows = [row._replace(temperature=0.0) for row in rows[:GATE_ROWS]]
     largest, mean = TOLERANCE[setup.dtype]
-    differences, gaps = [], []
+    float32 = setup.dtype is torch.float32
+    exact = deepcopy(model).double() if float32 else model
+    differences, of_full_pass, gaps = [], [], []
     for row, own, other in zip(rows, ours(model, rows, GATE_ROWS), plain(model, rows, GATE_ROWS), strict=True):
-        ids = torch.tensor([row.prompt + own.token_ids], device=model.device)
-        reference = model(ids).logits[0, len(row.prompt) - 1:-1].float().log_softmax(-1)
-        tokens = ids[0, len(row.prompt):]
-        expected = reference.gather(1, tokens[:, None])[:, 0].cpu()
-        differences.append((torch.tensor(own.logprobs) - expected).abs())
+        reference = full_pass(exact, row, own.token_ids)
+        tokens = torch.tensor(own.token_ids)
+        expected = reference.gather(1, tokens[:, None])[:, 0]
+        differences.append((torch.tensor(own.logprobs, dtype=reference.dtype) - expected).abs())
+        if float32:
+            found = full_pass(model, row, own.token_ids).gather(1, tokens[:, None])[:, 0]
+            of_full_pass.append((found.double() - expected).abs())
         parted = next((i for i, pair in enumerate(zip(own.token_ids, other)) if pair[0] != pair[1]), None)
         gaps.append(None if parted is None else abs((reference[parted, other[parted]] - expected[parted]).item()))
     differences = torch.cat(differences)
+    if float32:
+        largest = max(largest, OF_FULL_PASS * torch.cat(of_full_pass).max().item())
     same = gaps.count(None)
     return [Gate(f"greedy tokens: {same} of {len(rows)} rows as generate's, gap where the others part",
                  max((gap for gap in gaps if gap is not None), default=0.0), 2 * largest),
             Gate("log-probabilities, largest difference", differences.max().item(), largest),
             Gate("log-probabilities, mean difference", differences.mean().item(), mean)]
+
+
+def full_pass(model: PreTrainedModel, row: Row, written: Sequence[int]) -> torch.Tensor:
+    """The log-probabilities [tokens written, vocabulary] of one pass over the whole row, on the CPU."""
+    ids = torch.tensor([[*row.prompt, *written]], device=model.device)
+    logits = model(ids).logits[0, len(row.prompt) - 1:-1]
+    return (logits if logits.dtype is torch.float64 else logits.float()).log_softmax(-1).cpu()
