@@ -14,6 +14,7 @@ from bench.workload import Setup, Shape, lengths, load, merged, random_ids, shap
 from looper.params import Model
 from looper.prompts import TEMPLATES, prompt_ids, training_ids
 
+pytestmark = pytest.mark.slow  # each runs several trainers
 BOTH = ["b1", "b2"]
 
 

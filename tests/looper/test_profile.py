@@ -132,9 +132,9 @@ def test_every_comment_is_kept_and_floats_stay_readable(name):
 
 def test_a_comment_stays_where_a_sections_last_key_goes(folder):
     """The comment above `model` hangs on the last key of `base` in the file."""
-    (folder / "profiles/gold.yaml").write_text("base:\n  licence: MIT\n  source: folder\n  path: weights\n")
+    (folder / "profiles/gold.yaml").write_text("base:\n  licence: MIT\n  source: folder\n  digest: null\n  path: weights\n")
     text = profile.apply("gold", SAMPLE)
-    assert "base:\n  licence: MIT\n  source: folder\n  path: weights\n\n# How every stage loads" in text
+    assert "base:\n  licence: MIT\n  source: folder\n  digest: null\n  path: weights\n\n# How every stage loads" in text
 
 
 def test_it_writes_params_yaml_and_shows_the_change(folder, run):
