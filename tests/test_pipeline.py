@@ -100,8 +100,11 @@ def test_a_reward_weight_leaves_sft_and_the_other_models_alone(project):
 
 
 def test_a_ppo_setting_reruns_ppo_and_what_reads_it(project):
+    before = (project / "params.yaml").read_text()
     change(project, "ppo", "learning_rate", 1.0e-3)
     assert rerun(project) == {"ppo@1", "dev_ppo", "eval@ppo", "report"}
+    (project / "params.yaml").write_text(before)
+    assert rerun(project) == set(), "what has run once with these inputs comes out of the run cache"
 
 
 def test_an_sft_setting_reruns_all_but_base_data_and_the_base_evaluation(project):

@@ -15,6 +15,7 @@ def rollouts(*patterns: str, arms: str = "abcd") -> list[dict]:
         for name, right in zip(arms, pattern, strict=True)]} for pattern in patterns]
 
 
+@pytest.mark.slow
 def test_a_bandit_finds_the_one_good_arm():
     rows = rollouts(*["0010"] * 200)
     block = bandit_block(rows)

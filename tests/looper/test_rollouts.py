@@ -197,6 +197,7 @@ def test_a_thompson_row_says_who_answered_and_with_which_probability(answering, 
     check_row(rows[-1])
 
 
+@pytest.mark.slow
 def test_thompson_comes_from_the_seed_and_goes_on_after_a_kill(answering, tokenizer, tmp_path):
     _, calls, generated = answering
     whole = allocated(tokenizer, tmp_path / "whole")
