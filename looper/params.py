@@ -1,11 +1,12 @@
 """`params.yaml` as a typed, frozen model. Every error at once, each with its path; nothing is loaded before it holds.
 
-`python -m looper.params` checks the file and prints nothing when it is right.
+`python -m looper.params` checks the file.
 """
 
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,8 @@ from looper.ppo_settings import PPOSettings
 from regime_w.settings import ScoreSettings
 
 PARAMS = Path("params.yaml")
+# In Python these settings have defaults. The file names them all: none is in force that it does not show.
+DEFAULTS = {"score": asdict(ScoreSettings()), "ppo": asdict(PPOSettings())}
 
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
@@ -226,7 +229,17 @@ def load_params(path: Path = PARAMS) -> Params:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, and the floats that `dvc exp run -S` writes, as Python prints them: 1e-05. A written 2e-4 stays text."""
+    """YAML 1.1, and the floats that `dvc exp run -S` writes, as Python prints them: 1e-05. A written 2e-4 stays text.
+
+    A key that stands twice is an error: YAML's own reader takes the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands there {keys.count(key.value)} times; keep one", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]e[-+][0-9]{2,}$"), list("-+0123456789"))
@@ -242,12 +255,24 @@ def check(content: object, where: str) -> Params:
     unquoted = [f"  {path}: write the key as text: '{path.split('.')[-1]}'" for path in _other_keys(content)]
     if unquoted:  # JSON would turn them into text, and DVC, which reads the file too, would not
         raise ValueError(f"{where} has {len(unquoted)} error(s); nothing was run\n" + "\n".join(unquoted))
+    lines = [f"  {path}: is missing; add it" for path in _left_out(content, DEFAULTS)]
     try:
         # As JSON, where strict pydantic still reads an object into a dataclass: regime_w's settings know no pydantic
-        return Params.model_validate_json(json.dumps(content, default=str), strict=True)
+        params = Params.model_validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
-        lines = [f"  {_path(each['loc'])}: {text}" for each in error.errors() for text in _text(each).splitlines()]
-        raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines)) from None
+        lines += [f"  {_path(each['loc'])}: {text}" for each in error.errors() for text in _text(each).splitlines()]
+    if lines:
+        raise ValueError(f"{where} has {len(lines)} error(s); nothing was run\n" + "\n".join(lines))
+    return params
+
+
+def _left_out(content: object, defaults: dict[str, object], above: str = "") -> list[str]:
+    """The dotted paths of keys of `defaults` that a section, where it stands in `content`, leaves out."""
+    if not isinstance(content, dict):
+        return []
+    return [path for key, value in defaults.items()
+            for path in ([f"{above}{key}"] if above and key not in content else
+                         _left_out(content.get(key), value, f"{above}{key}.") if isinstance(value, dict) else [])]
 
 
 def _other_keys(content: object, above: str = "") -> list[str]:
@@ -289,8 +314,12 @@ def _is_number(text: str) -> bool:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(f"usage: python -m looper.params; found {' '.join(sys.argv[1:])}", file=sys.stderr)
+        sys.exit(2)
     try:
         load_params()
     except ValueError as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
+    print(f"{PARAMS}: every setting is there and possible")

@@ -79,6 +79,10 @@ def test_all_errors_come_at_once_each_with_its_path():
     ({"ppo__kl__typo": 1}, "  ppo.kl.typo: unknown key; remove it or mend its name"),
     ({"typo": 1}, "  typo: unknown key; remove it or mend its name"),
     ({"sft__lora__r": REMOVED}, "  sft.lora.r: is missing; add it"),
+    ({"score__cf": REMOVED}, "  score.cf: is missing; add it"),
+    ({"ppo__kl__target": REMOVED}, "  ppo.kl.target: is missing; add it"),
+    ({"ppo__kl": REMOVED}, "  ppo.kl: is missing; add it"),
+    ({"ppo": REMOVED}, "  ppo: is missing; add it"),
     ({"base__source": REMOVED}, "  base: source is missing; add it"),
     ({"prepare__source": "csv"}, "  prepare: source must be one of 'hub', 'path', 'sample', found 'csv'"),
     ({"prepare__train": "480"}, "  prepare.train: Input should be a valid integer, found '480'"),
@@ -122,8 +126,8 @@ def test_all_that_is_wrong_in_a_section_is_said_at_once():
     ("- 1", r"the file: Input should be an object, found \[1\]"),
     ("sft: {", "not YAML; mend it: "),
     ("sft: \xff", "not YAML; mend it: "),
+    ("sft:\n  seed: 0\n  seed: 1\n", "the key seed stands there 2 times; keep one\n +in .*line 2, column 3"),
 ])
-
 def test_a_file_that_holds_no_settings(tmp_path, text, message):
     (tmp_path / "params.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
@@ -180,7 +184,8 @@ def test_the_module_checks_the_file(tmp_path):
         (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
         done = subprocess.run([sys.executable, "-m", "looper.params"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PYTHONPATH": str(ROOT), "PATH": ""})
-        assert done.returncode == code and done.stdout == "" and bool(done.stderr) == bool(code)
+        assert done.returncode == code and bool(done.stderr) == bool(code)
+        assert done.stdout == ("" if code else "params.yaml: every setting is there and possible\n")
 
 
 ROUND = {"start": "models/sft_lora", "suffix": ""}
