@@ -5,10 +5,6 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)
 export DVC_NO_ANALYTICS := 1
-# glibc keeps freed memory: on the CPU, SFT otherwise gives its activations back and asks for them again at every update,
-# a seventh of its time.
-export MALLOC_MMAP_THRESHOLD_ := 4294967296
-export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 # One process a core up to four, each on one thread.
 QUICK := OMP_NUM_THREADS=1 python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4
@@ -21,6 +17,7 @@ help: ## this list
 
 $(VENV)/installed: requirements.txt requirements-no-deps.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned requirements into $(VENV); this takes minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-no-deps.txt
 	touch $@

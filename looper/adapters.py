@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CARD = "card.json"
+WEIGHTS = "adapter_model.safetensors"  # as PEFT names it
 
 
 def save_adapter(model: "PeftModel", folder: Path, base: Path, card: dict[str, Any],

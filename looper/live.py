@@ -1,9 +1,37 @@
-"""Training metrics while they happen: DVCLive files that `dvc plots` and the report draw."""
+"""Training while it happens: a progress bar, and DVCLive files that `dvc plots` and the report draw."""
 
 import time
 from pathlib import Path
 
-from transformers import TrainerCallback
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+
+def show_progress(trainer: Trainer, label: str) -> None:
+    """Gives `trainer` a bar named `label`, with the last loss, in place of its own: that one adds a line of every metric an
+    update, which LiveMetrics keeps, and counts what a resumed run did before as done in no time."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar(label))
+
+
+class _Bar(TrainerCallback):
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="update",
+                        dynamic_ncols=True, disable=not state.is_world_process_zero)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 class LiveMetrics(TrainerCallback):

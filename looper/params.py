@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from looper.ppo_settings import PPOSettings
 from regime_w.settings import ScoreSettings
@@ -119,6 +119,12 @@ class SelfTargets(Section):
     seed: Seed
 
 
+def _rows_or_auto(value: object) -> object:
+    if value != "auto" and not (type(value) is int and value > 0):
+        raise ValueError(f"must be a number of rows, 1 or more, or auto, found {value!r}")
+    return value
+
+
 class Sft(Section):
     targets: Literal["gold", "self"]
     self: SelfTargets
@@ -126,7 +132,7 @@ class Sft(Section):
     learning_rate: float = Field(gt=0)
     epochs: float = Field(gt=0)
     batch_size: Positive
-    micro_batch: Positive
+    micro_batch: Annotated[int | str, BeforeValidator(_rows_or_auto)]
     warmup_share: Share
     max_tokens: Positive
     max_grad_norm: float = Field(gt=0)
@@ -137,7 +143,7 @@ class Sft(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Sft":
-        if self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto" and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
         return self
 

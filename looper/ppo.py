@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from looper.distributed import rank
 from looper.files import replacing
+from looper.live import show_progress
 from looper.ppo_data import PPOSample, earns_alike, samples_from_rows
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
@@ -29,6 +30,7 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
     """
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
     trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
+    show_progress(trainer, "ppo")
     trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     if rank() == 0:
         with replacing(value_head_path) as temporary:

@@ -77,6 +77,7 @@ class OfflinePPOTrainer(Trainer):
             # that into blame for the first ones, and the policy unlearns its own answers. The mean reward is the honest
             # first guess.
             torch.nn.init.constant_(model.value_head.bias, sum(sample.reward for sample in samples) / len(samples))
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.reference = self._reference_logprobs()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -162,7 +163,7 @@ class OfflinePPOTrainer(Trainer):
         if self.stopped_early:  # nothing has a gradient, so the Trainer's optimiser step does nothing
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not norm.isfinite():
             raise self._non_finite("gradient", [step.batch[row] for row in step.rows])

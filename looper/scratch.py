@@ -52,7 +52,10 @@ def last_checkpoint(scratch: Path) -> str | None:
         return True
 
     checkpoints = sorted((scratch / "checkpoints").glob("checkpoint-*"), key=lambda each: int(each.name.split("-")[1]))
-    return agreed(next((str(each) for each in reversed(checkpoints) if is_whole(each)), None))
+    last = agreed(next((str(each) for each in reversed(checkpoints) if is_whole(each)), None))
+    if last and rank() == 0:
+        print(f"going on from {last}", flush=True)
+    return last
 
 
 def inputs_hash(stage: str) -> str:

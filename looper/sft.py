@@ -16,7 +16,8 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
 from looper.distributed import rank, share, undivided, world
-from looper.live import LiveMetrics
+from looper.micro_batch import fitting_passes
+from looper.live import LiveMetrics, show_progress
 from looper.packing import IGNORED, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
@@ -51,7 +52,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     dataset = tokenize(tokenizer, template, rows, sft.max_tokens)
     on_gpu = model.device.type == "cuda"
     steps = max(1, round(sft.epochs * len(dataset) / sft.batch_size))
-    passes = passes_an_update(sft, world())
+    passes = 1 if sft.micro_batch == "auto" else passes_an_update(sft, world())
     arguments = SFTConfig(
         output_dir=str(scratch / "checkpoints"),
         per_device_train_batch_size=sft.batch_size // passes,  # of all processes together: see SFTTrainer
@@ -82,9 +83,14 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
                       target_modules="all-linear")
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora,
                          callbacks=[LiveMetrics(live), _OnlyFinite()])
+    show_progress(trainer, "sft")
     if rank():
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
     with _sparing(trainer.model):
+        if sft.micro_batch == "auto":
+            passes = fitting_passes(trainer, sft.batch_size)
+            arguments.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = passes
+            arguments.per_device_train_batch_size = trainer._train_batch_size = sft.batch_size // passes
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     return trainer.model, _metrics(trainer, dataset)
 

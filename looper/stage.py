@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,10 +46,14 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
         usage = " ".join([f"python -m stages.{name}", *arguments])
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
     os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries will rename is for us, not for who runs the stage
     gc.set_threshold(10_000, 10, 10)  # importing PyTorch makes a million objects, and no garbage
     started = time.perf_counter()
     try:
         main(*given)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what it finished is kept: the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         text = f"{name}: {error}" if isinstance(error, ValueError) and _is_ours(error) else _out_of_memory(name, error)
         if text is None:

@@ -20,10 +20,10 @@ def main(name: str, adapter: str) -> None:
         raise ValueError(f"there is no model {name!r} to compare; it must be one of {', '.join(NAMES)}")
     params = load_params()
     start_processes(params.model)
-    from looper.adapters import load_for_generation
+    from looper.adapters import WEIGHTS, load_for_generation
     from looper.base_model import load_tokenizer
     from looper.evaluation import evaluation_metrics
-    from looper.files import write_json
+    from looper.files import sha256, write_json
     from looper.jsonl import read_jsonl, write_jsonl
     from looper.predictions import predict
     from looper.prompts import ROW, TEMPLATES
@@ -37,7 +37,10 @@ def main(name: str, adapter: str) -> None:
         predictions = predict(model, tokenizer, template, rows, params.eval, folder, f"test {name}")
         first_process_only()
         write_jsonl(Path(f"data/predictions/{name}.jsonl"), predictions)
-        write_json(Path(f"metrics/eval_{name}.json"), evaluation_metrics(predictions))
+        metrics = evaluation_metrics(predictions)
+        weights = None if name == "base" else sha256(Path(adapter) / WEIGHTS)
+        write_json(Path(f"metrics/eval_{name}.json"), {"adapter_sha256": weights, **metrics})
+    print(f"test accuracy of {name}: {metrics['accuracy']['value']:.1%}")
 
 
 if __name__ == "__main__":

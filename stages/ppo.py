@@ -20,7 +20,7 @@ def main(name: str) -> None:
     params = load_params()
     this = round_of(params.rounds, name)
     start_processes(params.model)
-    from looper.adapters import load_trainable, save_adapter
+    from looper.adapters import WEIGHTS, load_trainable, save_adapter
     from looper.base_model import load_tokenizer
     from looper.files import sha256, write_json
     from looper.jsonl import read_jsonl
@@ -39,7 +39,7 @@ def main(name: str) -> None:
         live = LiveMetrics(Path(f"metrics/live/ppo{this.suffix}"))
         metrics = train_ppo(model, samples, params.ppo, folder, value_head, [live])
         first_process_only()
-        card = {"data_sha256": sha256(rollouts), "start_sha256": sha256(start / "adapter_model.safetensors"),
+        card = {"data_sha256": sha256(rollouts), "start_sha256": sha256(start / WEIGHTS),
                 "model": params.model.model_dump(), "ppo": asdict(params.ppo)}
         save_adapter(model, Path(this.adapter), BASE, card, beside=[value_head])
         write_json(Path(f"metrics/ppo{this.suffix}.json"), metrics)

@@ -1,5 +1,6 @@
 """The real `dvc repro` on a tiny model, in a clone: what reruns after which change, experiments, and the remote."""
 
+import hashlib
 import json
 import os
 import re
@@ -75,6 +76,9 @@ def project(tmp_path_factory) -> Path:
     commit(folder)
     assert rerun(folder) == set(ALL)
     commit(folder)
+    for name, adapter in (("base", None), ("sft", "sft_lora"), ("ppo", "ppo_regime_w")):
+        weights = adapter and hashlib.sha256((folder / f"models/{adapter}/adapter_model.safetensors").read_bytes()).hexdigest()
+        assert json.loads((folder / f"metrics/eval_{name}.json").read_text())["adapter_sha256"] == weights
     return folder
 
 

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from transformers import TrainerControl, TrainerState
+import torch
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from looper import live
 from looper.live import LiveMetrics
@@ -68,3 +69,20 @@ def test_only_the_first_process_writes(tmp_path, clock):
     log(callback, state, 1, loss=1.0, num_tokens=1)
     callback.on_train_end(None, state, TrainerControl())
     assert not (tmp_path / "live").exists()
+
+
+def test_the_bar_counts_from_the_checkpoint_and_shows_the_last_loss_alone(tmp_path, capsys):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments)
+    live.show_progress(trainer, "sft")
+    state, control, handler = TrainerState(max_steps=8, global_step=5), TrainerControl(), trainer.callback_handler
+    handler.on_train_begin(arguments, state, control)
+    for step, loss in ((6, 1.25), (7, 0.5), (8, 0.125)):
+        state.global_step = step
+        handler.on_step_end(arguments, state, control)
+        handler.on_log(arguments, state, control, {"loss": loss, "grad_norm": 3.0})
+    handler.on_train_end(arguments, state, control)
+    shown = capsys.readouterr()
+    bars = [bar for bar in shown.err.split("\r") if bar]
+    assert bars[0].startswith("sft:  62%") and "5/8" in bars[0] and "8/8" in bars[-1] and "loss=0.125" in bars[-1]
+    assert "grad_norm" not in shown.out + shown.err, "the Trainer's own bar is gone"

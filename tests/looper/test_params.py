@@ -47,6 +47,10 @@ def test_the_sample_profile_is_right_and_frozen():
         params.sft.seed = 1
 
 
+def test_a_micro_batch_may_be_left_to_the_card():
+    assert check(changed(sft__micro_batch="auto"), "params.yaml").sft.micro_batch == "auto"
+
+
 def test_every_setting_stands_in_params_yaml():
     """No setting is in force that the file does not show: a default of a dataclass would be one."""
     def paths(values, above=""):
@@ -94,6 +98,8 @@ def test_all_errors_come_at_once_each_with_its_path():
     ({"score__weight_end": float("inf")}, "  score.weight_end: Input should be a finite number, found inf"),
     ({"ppo__learning_rate": float("nan")}, "  ppo.learning_rate: Input should be a finite number, found nan"),
     # impossible combinations
+    ({"sft__micro_batch": 0}, "  sft.micro_batch: must be a number of rows, 1 or more, or auto, found 0"),
+    ({"sft__micro_batch": "all"}, "  sft.micro_batch: must be a number of rows, 1 or more, or auto, found 'all'"),
     ({"sft__batch_size": 8, "sft__micro_batch": 3}, "  sft: batch_size 8 must be a multiple of micro_batch 3"),
     ({"model__quantization": "nf4", "model__dtype": "float32"},
      "  model: quantization nf4 computes in bfloat16: set dtype to bfloat16, or quantization to none"),

@@ -126,11 +126,12 @@ def test_a_missing_input_is_named():
         pass
 
 
-def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path):
-    assert last_checkpoint(tmp_path) is None
+def test_the_last_checkpoint_is_the_last_that_is_whole(tmp_path, capsys):
+    assert last_checkpoint(tmp_path) is None and capsys.readouterr().out == ""
     for step, state in ((9, "{}"), (20, '{"global_step": 20}'), (100, '{"global_st'), (110, None)):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if state is not None:
             (folder / "trainer_state.json").write_text(state)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "checkpoint-20")
+    assert capsys.readouterr().out == f"going on from {tmp_path}/checkpoints/checkpoint-20\n"

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model, tiny_rows, tiny_sft
 from transformers import TrainerCallback
 
-from looper import sft
+from looper import micro_batch, packing, sft
 from looper.prompts import TEMPLATES, end_token_ids, training_ids
 from looper.sft import finetune, tokenize
 
@@ -176,6 +176,47 @@ def test_what_saves_memory_gives_the_same_update(train):
             assert_close(found[3].gradients[step], watch.gradients[step])
         assert_close(found[0], weights)
         assert found[1]["loss"]["mean"] == pytest.approx(metrics["loss"]["mean"], abs=1e-5)
+
+
+def fail_above(monkeypatch, limit):
+    """A card that holds `limit` tokens of a pass, padding included; returns the shape of each pass that was tried."""
+    real, tried = packing._scores, []
+
+    def scores(causal, input_ids, **inputs):
+        tried.append(tuple(input_ids.shape))
+        if input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(causal, input_ids, **inputs)
+
+    monkeypatch.setattr(packing, "_scores", scores)
+    monkeypatch.setattr(micro_batch, "on_cpu", lambda trainer: False)
+    return tried
+
+
+def test_auto_takes_as_many_rows_a_pass_as_fit(train, monkeypatch, capsys, tokenizer):
+    """The longest rows are tried, and nothing of the trial is left: the update is that of the number given by hand."""
+    rows, settings = tiny_rows(16), {"lora": {"dropout": 0.3}, "learning_rate": 1e-3}
+    expected, metrics, _, _ = train(rows, tiny_sft(**settings, micro_batch=4), name="expected")
+    longest = sorted((len(training_ids(tokenizer, CHATML, row)[0]) for row in rows), reverse=True)
+    tried = fail_above(monkeypatch, 4 * longest[0])
+    capsys.readouterr()
+    found, found_metrics, trainer, _ = train(rows, tiny_sft(**settings, micro_batch="auto"), name="found")
+    assert "sft.micro_batch auto: 4 rows a pass, 2 passes an update of 8" in capsys.readouterr().out
+    assert tried[:2] == [(8, longest[0]), (4, longest[0])] and len(tried) == 2 + 4
+    assert_close(found, expected, atol=1e-6)  # with other dropout it would be off by 1e-3
+    assert found_metrics["loss"]["mean"] == pytest.approx(metrics["loss"]["mean"], abs=2e-6)
+    assert trainer.args.gradient_accumulation_steps == 2
+
+
+def test_auto_says_when_not_even_a_row_fits(train, monkeypatch):
+    fail_above(monkeypatch, 1)
+    with pytest.raises(ValueError, match=r"micro_batch auto: the longest row, \d+ tokens, does not fit .* alone"):
+        train(settings=tiny_sft(micro_batch="auto"))
+
+
+def test_auto_is_one_pass_on_the_cpu(train):
+    _, _, trainer, _ = train(settings=tiny_sft(micro_batch="auto"))
+    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (8, 1)
 
 
 def test_only_the_adapter_is_trained_and_the_gradient_norm_is_clipped(train):

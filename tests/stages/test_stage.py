@@ -90,6 +90,17 @@ def test_our_error_is_ours_inside_a_context_manager_too(monkeypatch, capsys, tmp
     assert end.value.code == 2 and "params.yaml is not here" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_a_line_and_no_traceback(monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
+    with pytest.raises(SystemExit) as end:
+        stage.run(main, "doc")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "sft: interrupted; what it finished is kept: the same command goes on from there\n"
+
+
 @pytest.mark.parametrize("main", [lambda: __import__("json").loads("{"), lambda: {}["key"]])
 def test_a_librarys_error_keeps_its_traceback(monkeypatch, main):
     monkeypatch.setattr(sys, "argv", ["/x/stages/sft.py"])
