@@ -40,7 +40,7 @@ def _fits(trainer: SFTTrainer, rows: Sequence[dict]) -> bool:
         with torch.random.fork_rng(), trainer.accelerator.autocast():
             room = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
             inputs = trainer._prepare_inputs(trainer.data_collator(list(rows)))
-            model(**inputs).log_probs.sum().backward()  # TRL's head, as in looper.packing
+            model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum().backward()  # as TRL trains
         return True
     except torch.OutOfMemoryError:
         return False
