@@ -58,10 +58,12 @@ class AnswerSet(NamedTuple):
             paths = [self.without(i)._s_path(settings) for i in every]
         else:
             paths = s_path_without_each(self.lengths)
-        if settings.cf == "counterfactual" and self.cf_answers is not None:
-            cfs = s_cf_without_each(self.cf_answers, self.cf_gold)
+        if settings.cf == "chsh":
+            cfs = [self.without(i)._s_cf(settings) for i in every]
+        elif self.takes_placeholder(settings):
+            cfs = [settings.cf_placeholder for _ in every]
         else:
-            cfs = [self.without(i)._s_cf(settings) if settings.cf == "chsh" else self._s_cf(settings) for i in every]
+            cfs = s_cf_without_each(self.cf_answers, self.cf_gold)
         return list(zip(s_end_without_each(self.answers), paths, cfs, strict=True))
 
     def _s_path(self, settings: ScoreSettings) -> float:
@@ -82,7 +84,7 @@ class AnswerSet(NamedTuple):
     def outcomes(self) -> tuple[Outcomes, Outcomes]:
         """Those of the two styles as parties. The question must have a counterfactual."""
         cf_correct = [answer == self.cf_gold for answer in self.cf_answers]
-        members = ([style == party for style in self.styles] for party in PARTIES)
-        first, second = (Outcomes(sum(compress(self.correct, arms)), sum(compress(cf_correct, arms)), sum(arms))
-                         for arms in members)
+        right, cf_right = list(compress(self.styles, self.correct)), list(compress(self.styles, cf_correct))
+        first, second = [Outcomes(right.count(party), cf_right.count(party), self.styles.count(party))
+                         for party in PARTIES]
         return first, second

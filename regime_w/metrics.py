@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ class ScoreMetrics:
         self.questions = self.any_right = self.with_signal = self.mixed = self.placeholders = 0
         self.mean_right = self.majority_right = 0.0
         self.arms: defaultdict[str, ArmTally] = defaultdict(ArmTally)
+        self.answers: list[tuple[list, ...]] = []  # of each row: arms, right, tokens, in the majority; likewise
         self.components = {
             "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
         self.pending: list[tuple[float, ...]] = []  # components and share of right arms, folded in by the thousand
@@ -41,13 +44,9 @@ class ScoreMetrics:
         self.any_right += share > 0
         self.mixed += 0 < share < 1
         self.majority_right += (arms.gold in leading) / max(1, len(leading))
-        self.with_signal += any(output["advantage"] for output in outputs)
-        for output, answer, correct, length in zip(outputs, arms.answers, arms.correct, arms.lengths):
-            tally = self.arms[arm_of(output)]
-            tally.answers += 1
-            tally.right += correct
-            tally.tokens += length
-            tally.in_majority += answer in leading
+        self.with_signal += any([output["advantage"] for output in outputs])
+        self.answers.append(([arm_of(output) for output in outputs], arms.correct, arms.lengths,
+                             [answer in leading for answer in arms.answers]))
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
         if len(self.pending) == BATCH:
             self._fold()
@@ -78,16 +77,24 @@ class ScoreMetrics:
             *components, shares = np.array(self.pending).T
             for distribution, values in zip(self.components.values(), components, strict=True):
                 distribution.add(values, shares)
+            names, *columns = (list(chain.from_iterable(column)) for column in zip(*self.answers, strict=True))
+            for name, sums in sums_by(names, columns).items():
+                self.arms[name].add(*sums)
             self.pending.clear()
+            self.answers.clear()
 
 
 class ArmTally:
     """One arm over all its answers."""
 
-    __slots__ = ("answers", "right", "tokens", "in_majority")
-
     def __init__(self) -> None:
         self.answers = self.right = self.tokens = self.in_majority = 0
+
+    def add(self, answers: int, right: int, tokens: int, in_majority: int) -> None:
+        self.answers += answers
+        self.right += right
+        self.tokens += tokens
+        self.in_majority += in_majority
 
     def metrics(self, seed: int) -> dict[str, float]:
         low, high = beta_interval(self.right, self.answers - self.right, seed)
@@ -168,6 +175,14 @@ def beta_interval(successes: int, failures: int, seed: int = 0) -> tuple[float, 
     draws = np.random.default_rng(seed).beta(1 + successes, 1 + failures, POSTERIOR_DRAWS)
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
+
+
+def sums_by(names: Sequence[str], columns: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+    """For each name, in the order of their first appearance: how often it appears, and the sum of each column there."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    which = np.array([numbers[name] for name in names])
+    counts = [np.bincount(which), *(np.bincount(which, column) for column in columns)]  # floats: exact up to 2⁵³
+    return dict(zip(numbers, np.array(counts, dtype=int).T.tolist(), strict=True))
 
 
 def rounded(value: Any) -> Any:
