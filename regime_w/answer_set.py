@@ -6,7 +6,7 @@ from typing import NamedTuple
 from regime_w.answers import canonical_answer
 from regime_w.chsh import Outcomes, s_cf_chsh
 from regime_w.scoring import (s_cf, s_cf_without_each, s_end, s_end_without_each, s_path, s_path_within_style,
-                              s_path_without_each)
+                              s_path_without_each, s_wm)
 from regime_w.settings import ScoreSettings
 
 PARTIES = ("wolfram", "maudlin")
@@ -51,8 +51,8 @@ class AnswerSet(NamedTuple):
         """(s_end, s_path, s_cf)."""
         return s_end(self.answers), self._s_path(settings), self._s_cf(settings)
 
-    def components_without_each(self, settings: ScoreSettings) -> list[tuple[float, float, float]]:
-        """(s_end, s_path, s_cf) of the other arms, for each arm."""
+    def s_wm_without_each(self, settings: ScoreSettings) -> list[float]:
+        """s_wm of the other arms, for each arm."""
         every = range(len(self.answers))
         if settings.path_within_style:
             paths = [self.without(i)._s_path(settings) for i in every]
@@ -64,7 +64,8 @@ class AnswerSet(NamedTuple):
             cfs = [settings.cf_placeholder for _ in every]
         else:
             cfs = s_cf_without_each(self.cf_answers, self.cf_gold)
-        return list(zip(s_end_without_each(self.answers), paths, cfs, strict=True))
+        ends = s_end_without_each(self.answers)
+        return [s_wm(end, path, cf, settings) for end, path, cf in zip(ends, paths, cfs, strict=True)]
 
     def _s_path(self, settings: ScoreSettings) -> float:
         return s_path_within_style(self.lengths, self.styles) if settings.path_within_style else s_path(self.lengths)

@@ -1,9 +1,7 @@
 """What the scored rollouts of a run say, gathered row by row in constant memory. Glossary: regime_w/README.md."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from itertools import chain
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,7 @@ class ScoreMetrics:
         self.settings = settings
         self.questions = self.any_right = self.with_signal = self.mixed = self.placeholders = 0
         self.mean_right = self.majority_right = 0.0
-        self.arms: defaultdict[str, ArmTally] = defaultdict(ArmTally)
-        self.answers: list[tuple[list, ...]] = []  # of each row: arms, right, tokens, in the majority; likewise
+        self.arms = ArmTallies()
         self.components = {
             "reward": Distribution(-1.0, 2.0, 12), **{name: Distribution(0.0, 1.0, 10) for name in COMPONENTS[1:]}}
         self.pending: list[tuple[float, ...]] = []  # components and share of right arms, folded in by the thousand
@@ -45,8 +42,8 @@ class ScoreMetrics:
         self.mixed += 0 < share < 1
         self.majority_right += (arms.gold in leading) / max(1, len(leading))
         self.with_signal += any([output["advantage"] for output in outputs])
-        self.answers.append(([arm_of(output) for output in outputs], arms.correct, arms.lengths,
-                             [answer in leading for answer in arms.answers]))
+        self.arms.add([arm_of(output) for output in outputs], arms.correct, arms.lengths,
+                      [answer in leading for answer in arms.answers])
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))
         if len(self.pending) == BATCH:
             self._fold()
@@ -65,7 +62,7 @@ class ScoreMetrics:
             "questions": n,
             "accuracy": {"mean": _share(self.mean_right, n), "any": _share(self.any_right, n),
                          "majority": _share(self.majority_right, n)},
-            "arms": {name: tally.metrics(self.settings.seed) for name, tally in self.arms.items()},
+            "arms": self.arms.metrics(self.settings.seed),
             **{name: distribution.metrics() for name, distribution in self.components.items()},
             "signal": {"share": _share(self.with_signal, n), "mixed_share": _share(self.mixed, n)},
             "counterfactual": {**self.counterfactual.metrics(n), "placeholder_share": _share(self.placeholders, n)},
@@ -77,31 +74,42 @@ class ScoreMetrics:
             *components, shares = np.array(self.pending).T
             for distribution, values in zip(self.components.values(), components, strict=True):
                 distribution.add(values, shares)
-            names, *columns = (list(chain.from_iterable(column)) for column in zip(*self.answers, strict=True))
-            for name, sums in sums_by(names, columns).items():
-                self.arms[name].add(*sums)
+            self.arms.fold()
             self.pending.clear()
-            self.answers.clear()
 
 
-class ArmTally:
-    """One arm over all its answers."""
+class ArmTallies:
+    """The arms over all their answers, which are gathered in flat lists until `fold` counts them."""
 
     def __init__(self) -> None:
-        self.answers = self.right = self.tokens = self.in_majority = 0
+        self.numbers: dict[str, int] = {}  # of the arms, by name
+        self.gathered: tuple[list, ...] = [], [], [], []  # of each answer: its arm's number, right, tokens, in majority
+        self.sums = np.zeros((0, 4), dtype=int)  # of each arm: answers, right, tokens, in majority
 
-    def add(self, answers: int, right: int, tokens: int, in_majority: int) -> None:
-        self.answers += answers
-        self.right += right
-        self.tokens += tokens
-        self.in_majority += in_majority
+    def add(self, names: list[str], right: list[bool], tokens: list[int], in_majority: list[bool]) -> None:
+        """A row's answers."""
+        numbers = [self.numbers.setdefault(name, len(self.numbers)) for name in names]
+        for gathered, values in zip(self.gathered, (numbers, right, tokens, in_majority)):
+            gathered += values
 
-    def metrics(self, seed: int) -> dict[str, float]:
-        low, high = beta_interval(self.right, self.answers - self.right, seed)
+    def fold(self) -> None:
+        numbers, *columns = map(np.array, self.gathered)
+        sums = [np.bincount(numbers, weights, len(self.numbers)) for weights in (None, *columns)]  # exact up to 2⁵³
+        sums = np.array(sums, dtype=int).T
+        sums[:len(self.sums)] += self.sums
+        self.sums = sums
+        for gathered in self.gathered:
+            gathered.clear()
+
+    def metrics(self, seed: int) -> dict[str, dict[str, float]]:
+        return {name: self._metrics(*sums, seed) for name, sums in zip(self.numbers, self.sums.tolist(), strict=True)}
+
+    def _metrics(self, answers: int, right: int, tokens: int, in_majority: int, seed: int) -> dict[str, float]:
+        low, high = beta_interval(right, answers - right, seed)
         return {
-            "answers": self.answers, "accuracy": self.right / self.answers, "mean_length": self.tokens / self.answers,
-            "majority_share": self.in_majority / self.answers,
-            "posterior_mean": (self.right + 1) / (self.answers + 2), "posterior_low": low, "posterior_high": high,
+            "answers": answers, "accuracy": right / answers, "mean_length": tokens / answers,
+            "majority_share": in_majority / answers,
+            "posterior_mean": (right + 1) / (answers + 2), "posterior_low": low, "posterior_high": high,
         }
 
 
@@ -175,14 +183,6 @@ def beta_interval(successes: int, failures: int, seed: int = 0) -> tuple[float, 
     draws = np.random.default_rng(seed).beta(1 + successes, 1 + failures, POSTERIOR_DRAWS)
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
-
-
-def sums_by(names: Sequence[str], columns: Sequence[Sequence[int]]) -> dict[str, list[int]]:
-    """For each name, in the order of their first appearance: how often it appears, and the sum of each column there."""
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    which = np.array([numbers[name] for name in names])
-    counts = [np.bincount(which), *(np.bincount(which, column) for column in columns)]  # floats: exact up to 2⁵³
-    return dict(zip(numbers, np.array(counts, dtype=int).T.tolist(), strict=True))
 
 
 def rounded(value: Any) -> Any:

@@ -56,8 +56,7 @@ def _score(row: dict, settings: ScoreSettings) -> tuple[dict, AnswerSet]:
     arms = AnswerSet.of(row)
     end, path, cf = arms.components(settings)
     coherence = s_wm(end, path, cf, settings)
-    contributions = [coherence - s_wm(end_, path_, cf_, settings)
-                     for end_, path_, cf_ in arms.components_without_each(settings)]
+    contributions = [coherence - rest for rest in arms.s_wm_without_each(settings)]
     parts = regime_w_reward_parts(arms.correct, coherence, arms.lengths, settings)
     arm_parts = arm_reward_parts(arms.correct, contributions, arms.lengths, settings)
     rewards = [total(each) for each in arm_parts]
