@@ -1,6 +1,7 @@
 """Regime W on your own samples.
 
-python -m regime_w score IN.jsonl OUT.jsonl    scores a rollouts file (schema: regime_w/README.md), prints the metrics
+python -m regime_w score IN.jsonl OUT.jsonl    scores a rollouts file (schema: regime_w/README.md), prints a summary;
+                                               score --json prints all metrics instead
 python -m regime_w replay SCORED.jsonl         replays arm allocations (bandits) on a scored file
 python -m regime_w bench [N]                   scores N random questions (100,000) and prints seconds and peak memory
 python -m regime_w counterfactuals GSM8K.jsonl prints the share of questions that get one
@@ -19,32 +20,70 @@ from regime_w.rows import check_problem, check_scored, encode, map_rows, write_l
 from regime_w.sample_rows import random_rows
 from regime_w.score import score_file
 
+ARGUMENTS = {  # of each command, for what `misuse` says
+    "score": "IN.jsonl and OUT.jsonl, and --json if wanted", "replay": "SCORED.jsonl",
+    "bench": "at most N, an integer above 0", "counterfactuals": "GSM8K.jsonl",
+}
+
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, or 2 after an error, said in one line."""
+    """The exit status: 0, or 2 after an error, said in one line (before the usage, if the command line is wrong)."""
     match arguments:
         case ["-h" | "--help"]:
             print(__doc__)
             return 0
-        case ["score", source, target]:
-            run = lambda: score_file(Path(source), Path(target))  # noqa: E731
+        case ["score", "--json", source, target] | ["score", source, target, "--json"]:
+            run = lambda: as_json(score_file(Path(source), Path(target)))  # noqa: E731
+        case ["score", source, target] if "--json" not in (source, target):
+            run = lambda: summary(score_file(Path(source), Path(target)), target)  # noqa: E731
         case ["replay", source]:
-            run = lambda: replay(map_rows(Path(source), check_scored))  # noqa: E731
+            run = lambda: as_json(replay(map_rows(Path(source), check_scored)))  # noqa: E731
         case ["bench"]:
-            run = lambda: bench(100_000)  # noqa: E731
+            run = lambda: as_json(bench(100_000))  # noqa: E731
         case ["bench", count] if count.isdecimal() and int(count):
-            run = lambda: bench(int(count))  # noqa: E731
+            run = lambda: as_json(bench(int(count)))  # noqa: E731
         case ["counterfactuals", source]:
-            run = lambda: counterfactual_share(Path(source))  # noqa: E731
+            run = lambda: as_json(counterfactual_share(Path(source)))  # noqa: E731
         case _:
-            print(__doc__, file=sys.stderr)
+            print(f"{misuse(arguments)}\n\n{__doc__}", file=sys.stderr)
             return 2
     try:
-        print(json.dumps(run(), indent=2))
+        print(run())
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def misuse(arguments: list[str]) -> str:
+    """What is wrong with a command line that `main` cannot read."""
+    if not arguments:
+        return f"a command is missing; name one of {', '.join(ARGUMENTS)}"
+    command, *given = arguments
+    if command not in ARGUMENTS:
+        return f"unknown command '{command}'; name one of {', '.join(ARGUMENTS)}"
+    return f"{command} takes {ARGUMENTS[command]}, found {' '.join(given) or 'nothing'}"
+
+
+def as_json(figures: Any) -> str:
+    return json.dumps(figures, indent=2)
+
+
+def summary(metrics: dict[str, Any], target: str) -> str:
+    """The chief metrics as a few lines."""
+    accuracy, parts = metrics["accuracy"], ("s_end", "s_path", "s_cf", "s_wm")
+    changed = metrics["counterfactual"]
+    gap = "no question has one" if changed["gap"] is None else (
+        f"gap {changed['gap']:+.1%}: {changed['accuracy_original']:.1%} right on q, {changed['accuracy_changed']:.1%} "
+        f"on q' ({changed['share']:.1%} of questions have one)")
+    return "\n".join((
+        f"questions       {metrics['questions']:,}",
+        f"accuracy        mean {accuracy['mean']:.1%}, any arm {accuracy['any']:.1%}, "
+        f"majority {accuracy['majority']:.1%}",
+        f"mean reward     {metrics['reward']['mean']:.3f}",
+        "mean components " + ", ".join(f"{name} {metrics[name]['mean']:.3f}" for name in parts),
+        f"counterfactual  {gap}",
+        f"scored file     {target}"))
 
 
 def bench(count: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Counterfactuals: the same question with one number changed, and its new answer by re-executing GSM8K's calculations.
 
 GSM8K annotates each calculation of an answer as `<<expr=value>>`. The chain of these is executed anew with the changed
-number; a counterfactual is made only where the new answer is certain (design.md, section 5). What makes it so:
+number; a counterfactual is made only where the new answer is certain (in short: regime_w/README.md, Counterfactuals):
 
 - the number stands once in the question, in digits, is at least 3, and is no percentage, fraction, decimal, ratio,
   time, label, or fact of the world ("7 days a week");

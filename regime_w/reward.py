@@ -1,6 +1,6 @@
-"""Rewards: one for all arms of a question, or one an arm with its leave-one-out advantage. See design.md, section 5.
+"""Rewards: one for all arms of a question, or one an arm with its leave-one-out advantage.
 
-Each comes as parts that add up to it, to be stored beside the total.
+Each comes as parts that add up to it, to be stored beside the total. Formulas: regime_w/README.md, The scores.
 """
 
 from collections.abc import Sequence

@@ -111,6 +111,8 @@ def check_problem(row: Any) -> None:
 
 
 def _parse(line: bytes) -> Any:
+    if not line.strip():
+        raise ValueError("the line is empty; remove it")
     try:
         return json.loads(line.decode())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Regime W's components: how coherent a set of answers to one question is. Formulas: design.md, section 5.
+"""Regime W's components: how coherent a set of answers to one question is. Formulas: regime_w/README.md, The scores.
 
 Plain functions over sequences with one entry an arm. Answers are canonical strings (`answers.extract_answer`) or None.
 """

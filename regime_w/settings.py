@@ -8,8 +8,9 @@ CF = Literal["counterfactual", "placeholder", "chsh"]
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """Regime W's weights and choices; the defaults are the definition (design.md, section 5). Lengths are in tokens.
+    """Regime W's weights and choices; the defaults are the definition (regime_w/README.md, The scores).
 
+    Lengths are in tokens.
     cf: where s_cf comes from; `cf_placeholder` is its value under `placeholder`, and for a question without one.
     path_within_style: s_path as the mean over the styles, which are designed to differ in length.
     weight_end, weight_path, weight_cf: of the components in s_wm.

@@ -1,4 +1,4 @@
-"""Profiles: each undoes the others, comments stay, and platinum holds section 4 of the design."""
+"""Profiles: each undoes the others, comments stay, and platinum holds the original design's values."""
 
 import re
 import shutil
@@ -91,7 +91,7 @@ def test_three_rounds_go_on_top_of_any_profile_and_change_nothing_else(name):
     assert apply("sample", apply(OVERLAY, apply(name, SAMPLE))) == SAMPLE
 
 
-# design.md, section 4
+# The original design's values
 PLATINUM = {
     "base.repo": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "base.source": "hub",
     "model.quantization": "nf4", "model.dtype": "bfloat16", "model.template": "deepseek_r1", "model.device": "cuda",

@@ -11,7 +11,7 @@ from regime_w import __main__ as command
 from regime_w import demo, sample_rows
 from regime_w.arms import ARMS, Arm
 from regime_w.sample_rows import random_rows, worked_rows
-from regime_w.score import score_row
+from regime_w.score import score_file, score_row
 
 
 def test_the_demo_explains_every_worked_question(capsys: pytest.CaptureFixture) -> None:
@@ -38,7 +38,7 @@ def test_the_demo_on_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert capsys.readouterr().err == f"{file}:2: field 'id' is missing; add it\n"
     file.write_text(json.dumps(worked_rows()[0]) + "\n\n")
     assert demo.main([str(file)]) == 2
-    assert capsys.readouterr().err.startswith(f"{file}:2: not a JSON object (")
+    assert capsys.readouterr().err == f"{file}:2: the line is empty; remove it\n"
     assert demo.main([str(tmp_path / "none.jsonl")]) == 2
     assert "No such file" in capsys.readouterr().err
 
@@ -74,8 +74,9 @@ def test_worked_questions_show_what_they_say() -> None:
 def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in random_rows(5)))
-    assert command.main(["score", str(source), str(target)]) == 0
-    assert json.loads(capsys.readouterr().out)["questions"] == 5
+    for arguments in (["score", "--json", str(source), str(target)], ["score", str(source), str(target), "--json"]):
+        assert command.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out) == score_file(source, tmp_path / "other.jsonl")
     assert len(target.read_text().splitlines()) == 5
     assert command.main(["replay", str(target)]) == 0
     assert json.loads(capsys.readouterr().out)["questions"] == 5
@@ -85,6 +86,29 @@ def test_score_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command.main(["score", str(tmp_path / "no"), str(target)]) == 2
 
 
+def test_the_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    output = {"style": "wolfram", "num_tokens": 100, "counterfactual": {"answer": "9"}}
+    outputs = [{**output, "name": name, "answer": answer}
+               for name, answer in (("a", "5"), ("b", "5"), ("c", "9"), ("d", None))]
+    row = {"id": "q", "gold_answer": "5", "counterfactual": {"gold_answer": "9"}, "arm_outputs": outputs}
+    others = [{**row, "counterfactual": None, "arm_outputs": [{**each, "answer": "4"} for each in outputs]}] * 3
+    source.write_text("".join(json.dumps(each) + "\n" for each in (row, *others)))
+    assert command.main(["score", str(source), str(target)]) == 0
+    # s_end 1/6 and 1; s_path 1; s_cf 1 and 0.5; s_wm 0.4/6 + 0.6 and 0.85; reward 1 + 0.7 s_wm and -0.5 + 0.7 s_wm
+    assert capsys.readouterr().out == f"""\
+questions       4
+accuracy        mean 12.5%, any arm 25.0%, majority 25.0%
+mean reward     0.438
+mean components s_end 0.792, s_path 1.000, s_cf 0.625, s_wm 0.804
+counterfactual  gap -50.0%: 50.0% right on q, 100.0% on q' (25.0% of questions have one)
+scored file     {target}
+"""
+    source.write_text(json.dumps(others[0]))
+    assert command.main(["score", str(source), str(target)]) == 0
+    assert "counterfactual  no question has one\n" in capsys.readouterr().out
+
+
 def test_how_many_rows_bench_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(command, "bench", lambda count: count)
     assert command.main(["bench"]) == command.main(["bench", "7"]) == 0
@@ -92,9 +116,6 @@ def test_how_many_rows_bench_scores(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for arguments in ([], ["score"], ["bench", "x"], ["bench", "0"], ["bench", "1", "2"]):
-        assert command.main(arguments) == 2
-        assert "score IN.jsonl OUT.jsonl" in capsys.readouterr().err
     assert command.main(["bench", "50"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == {"questions", "seconds", "peak_memory_mib"}
     problems = tmp_path / "gsm8k.jsonl"
@@ -103,6 +124,22 @@ def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
                         + json.dumps({"question": "Ann has 20 pens?", "answer": "#### 20"}) + "\n")
     assert command.main(["counterfactuals", str(problems)]) == 0
     assert json.loads(capsys.readouterr().out) == {"questions": 2, "counterfactuals": 1, "share": 0.5}
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    ("", "a command is missing; name one of score, replay, bench, counterfactuals"),
+    ("scor a b", "unknown command 'scor'; name one of score, replay, bench, counterfactuals"),
+    ("score a", "score takes IN.jsonl and OUT.jsonl, and --json if wanted, found a"),
+    ("score --json a", "score takes IN.jsonl and OUT.jsonl, and --json if wanted, found --json a"),
+    ("replay", "replay takes SCORED.jsonl, found nothing"),
+    ("counterfactuals a b", "counterfactuals takes GSM8K.jsonl, found a b"),
+    ("bench x", "bench takes at most N, an integer above 0, found x"),
+    ("bench 0", "bench takes at most N, an integer above 0, found 0"),
+    ("bench 1 2", "bench takes at most N, an integer above 0, found 1 2"),
+])
+def test_misuse_is_said_before_the_usage(arguments: str, text: str, capsys: pytest.CaptureFixture) -> None:
+    assert command.main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"{text}\n\n{command.__doc__}\n"
 
 
 @pytest.mark.parametrize(("name", "line", "text"), [

@@ -174,7 +174,8 @@ ROW = json.dumps(row(["18", "7"], [1, 2]))
 
 
 @pytest.mark.parametrize(("line", "text"), [
-    (b"{", r"in.jsonl:2: not a JSON object \("), (b"", "in.jsonl:2: not a JSON object"),
+    (b"{", r"in.jsonl:2: not a JSON object \("), (b" ", "in.jsonl:2: the line is empty; remove it"),
+    (b"", "in.jsonl:2: the line is empty; remove it"),
     (b'{"id": "x"}', "in.jsonl:2: field 'gold_answer' is missing; add it"),
     (b"[]", r"in.jsonl:2: the row must be an object, found \[\]"),
     (b"null", "2: the row must be an object, found null"),
