@@ -120,7 +120,7 @@ def _parse(line: bytes) -> Any:
 
 
 def _check_each(records: Sequence, where: tuple, fields: Fields, add: str = "add it") -> None:
-    """`_check` of what stands at `where` in each output: all in one look, as nearly every row is right."""
+    """`_check` of what stands at `where` in each output: all in one go, as nearly every row is right."""
     if not _hold(records, fields):
         wrong = next(i for i, record in enumerate(records) if not _hold([record], fields))
         _check(records[wrong], ("arm_outputs", wrong, *where), fields, add)
@@ -128,11 +128,14 @@ def _check_each(records: Sequence, where: tuple, fields: Fields, add: str = "add
 
 def _hold(records: Sequence, fields: Fields) -> bool:
     """Whether all are objects with these fields; by type, as True is an int to isinstance."""
-    try:
-        return {type(record) for record in records} == {dict} and all(
-            [{type(record[name]) for record in records}.issubset(kinds) for name, kinds in fields.items()])
-    except KeyError:
-        return False
+    for record in records:
+        if type(record) is not dict:
+            return False
+    for name, kinds in fields.items():  # plain loops, field by field: half the time of sets of types
+        for record in records:
+            if type(record.get(name, _MISSING)) not in kinds:
+                return False
+    return True
 
 
 def _check(record: Any, where: tuple, fields: Fields, add: str = "add it") -> None:
