@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class ScoreMetrics:
         self.any_right += share > 0
         self.mixed += 0 < share < 1
         self.majority_right += (arms.gold in leading) / max(1, len(leading))
-        self.with_signal += any([output["advantage"] for output in outputs])
+        self.with_signal += any(map(itemgetter("advantage"), outputs))
         self.arms.add([arm_of(output) for output in outputs], arms.correct, arms.lengths,
                       [answer in leading for answer in arms.answers])
         self.pending.append((row["reward"], row["s_end"], row["s_path"], row["s_cf"], row["s_wm"], share))

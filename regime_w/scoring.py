@@ -13,12 +13,12 @@ from regime_w.settings import ScoreSettings
 def s_end(answers: Sequence[str | None]) -> float:
     """Agreeing pairs / all pairs, in [0, 1]. A missing answer agrees with nothing; fewer than two arms: 0."""
     pairs = len(answers) * (len(answers) - 1)
-    return sum(_agreeing(answers)) / pairs if pairs else 0.0
+    return sum(answers.count(answer) - 1 for answer in answers if answer is not None) / pairs if pairs else 0.0
 
 
 def leading_answers(answers: Sequence[str | None]) -> set[str]:
     """The most frequent answers: one, several in a tie, or none if no arm answered."""
-    counts = _counts(answers)
+    counts = {answer: answers.count(answer) for answer in set(answers) if answer is not None}
     most = max(counts.values(), default=0)
     return {answer for answer, count in counts.items() if count == most}
 
@@ -55,7 +55,7 @@ def s_wm(end: float, path: float, cf: float, settings: ScoreSettings = ScoreSett
 def s_end_without_each(answers: Sequence[str | None]) -> list[float]:
     """`s_end` of the other answers, for each arm."""
     pairs = (len(answers) - 1) * (len(answers) - 2)
-    agreeing = _agreeing(answers)
+    agreeing = [0 if answer is None else answers.count(answer) - 1 for answer in answers]
     whole = sum(agreeing)
     return [(whole - 2 * own) / pairs if pairs else 0.0 for own in agreeing]
 
@@ -63,26 +63,10 @@ def s_end_without_each(answers: Sequence[str | None]) -> list[float]:
 def s_path_without_each(lengths: Sequence[int]) -> list[float]:
     """`s_path` of the other lengths, for each arm."""
     others, total, squares = len(lengths) - 1, sum(lengths), sum(map(mul, lengths, lengths))
-    return [(total - own) * (total - own) / (others * (squares - own * own)) if total > own else 0.0
-            for own in lengths]
+    return [(total - own) ** 2 / (others * (squares - own * own)) if total > own else 0.0 for own in lengths]
 
 
 def s_cf_without_each(answers: Sequence[str | None], gold: str) -> list[float]:
     """`s_cf` of the other answers, for each arm."""
     others, right = len(answers) - 1, answers.count(gold)
     return [(right - (answer == gold)) / others if others else 0.0 for answer in answers]
-
-
-def _agreeing(answers: Sequence[str | None]) -> list[int]:
-    """How many others give the same answer, for each answer."""
-    counts = _counts(answers)
-    return [0 if answer is None else counts[answer] - 1 for answer in answers]
-
-
-def _counts(answers: Sequence[str | None]) -> dict[str, int]:
-    """How often each answer is given. A plain loop: for a handful of answers `Counter` takes longer."""
-    counts: dict[str, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    return counts
