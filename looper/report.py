@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from looper.files import write_text
-from looper.report_plots import Bar, bars, read_curve, training_curves
+from looper.report_plots import Bar, bars, read_curve, signless_zero, training_curves
 from looper.report_regime_w import regime_w_blocks, rollout_blocks
 from looper.report_robustness import robustness_block
 from looper.statistics import detectable_difference, mcnemar, paired_bootstrap
@@ -27,6 +27,7 @@ NOTES = (
     "either: the rest, which may be one or the other.",
 )
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+SMALL = 200  # test questions; with fewer, the page says what so few can show
 EXAMPLES = 2  # questions shown of each pattern of right and wrong models
 SHOWN = 3000  # characters of an answer that the page shows
 
@@ -158,9 +159,9 @@ def table(summary: dict[str, Any]) -> str:
     for pair, (old, new) in PAIRS.items():
         test = summary["paired"][pair]
         form, reasoning, either = (100 * test["gain"][name]["difference"] for name in GAINS)
-        lines.append(f"{MODELS[new] + ' - ' + MODELS[old]:12}{100 * test['difference']:+10.1f}{_range(test, '+'):>15}"
+        lines.append(f"{MODELS[new] + ' - ' + MODELS[old]:12}{signless_zero(100 * test['difference']):>10}{_range(test, '+'):>15}"
                      f"{test['gained']:9}{test['lost']:10}{p_text(test['p_value']):>12}"
-                     f"   {form:+7.1f}{reasoning:+10.1f}{either:+8.1f}")
+                     f"   {signless_zero(form):>7}{signless_zero(reasoning):>10}{signless_zero(either):>8}")
     return "\n".join([*lines, "", *NOTES])
 
 
@@ -168,13 +169,32 @@ def verdict(summary: dict[str, Any], pair: str) -> str:
     """One sentence on a paired comparison, as far as its test allows."""
     old, new = (MODELS[model] for model in PAIRS[pair])
     test = summary["paired"][pair]
-    size = f"{100 * test['difference']:+.1f} points ({_range(test, '+')}, p {_equals(test['p_value'])})"
+    size = f"{signless_zero(100 * test['difference'])} points ({_range(test, '+')}, p {_equals(test['p_value'])})"
     if test["p_value"] < 0.05:
         return f"{new} is {'above' if test['difference'] > 0 else 'below'} {old}: {size}."
     text = f"No difference shown between {new} and {old}: {size}."
     if test["gained"] + test["lost"] == 0 or test["detectable"] >= 1:
         return text  # too few questions that differ for the approximation to say anything
     return f"{text} A true difference of {100 * test['detectable']:.1f} points would show in 80% of such tests."
+
+
+def caveat(summary: dict[str, Any]) -> str:
+    """How little a small test split can show; empty from SMALL questions on.
+
+    Half the width is of the Wilson intervals on the page. The detectable difference is that of `detectable_difference`
+    where it means anything: the normal approximation needs discordant pairs, and a difference cannot exceed 100 points.
+    """
+    if summary["questions"] >= SMALL:
+        return ""
+    half = max(100 * (each["high"] - each["low"]) / 2 for each in summary["interval"].values())
+    found = [f"{MODELS[new]} − {MODELS[old]} {100 * test['detectable']:.1f} points"
+             for pair, (old, new) in PAIRS.items()
+             if (test := summary["paired"][pair])["gained"] + test["lost"] and test["detectable"] < 1]
+    text = (f"With {summary['questions']:,} questions these figures are rough: an accuracy is known to within about "
+            f"{half:.0f} points either way.")
+    if not found:
+        return f"{text} Too few questions differ between the models to say what difference a test could show."
+    return f"{text} The smallest true difference that the paired test would show in 80% of cases: {', '.join(found)}."
 
 
 def p_text(p_value: float) -> str:
@@ -187,7 +207,8 @@ def _equals(p_value: float) -> str:
 
 
 def _range(interval: dict[str, float], sign: str = "") -> str:
-    return f"{100 * interval['low']:{sign}.1f} to {100 * interval['high']:{sign}.1f}"
+    low, high = (signless_zero(100 * interval[end], f"{sign}.1f") for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
 def plot_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +231,7 @@ def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, 
     credit, replayed = rollout_blocks(rollouts)
     robustness = robustness_block({**metrics["dev"], **metrics["dev_ppo"]}, MODELS)
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        summary=summary, models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
+        summary=summary, caveat=caveat(summary), models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
         accuracy_figure=_accuracy_figure(summary), gain_figure=_gain_figure(summary),
         curves_figure=training_curves("training", "Training curves of SFT and PPO", read) if read else "",
         regime_w_blocks=regime_w_blocks(regime_w) + replayed, credit=credit, robustness=robustness,
@@ -222,7 +243,7 @@ def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, 
 def _environment() -> Environment:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=lambda share: f"{100 * share:.1f}", points=lambda share: f"{100 * share:+.1f}",
+        percent=lambda share: f"{100 * share:.1f}", points=lambda share: signless_zero(100 * share),
         interval=_range, p_value=p_text, shorten=_shorten)
     return environment
 

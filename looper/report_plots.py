@@ -68,6 +68,12 @@ def read_curve(title: str, path: Path, colour: str = "accent") -> Curve:
     return Curve(title, [pair for pair in pairs if math.isfinite(pair[1])], colour)
 
 
+def signless_zero(value: float, digits: str = "+.1f") -> str:
+    """The figure as text; one that rounds to nothing has no sign: 0.0, not -0.0 or +0.0."""
+    text = f"{value:{digits}}"
+    return text.lstrip("+-") if float(text) == 0 else text
+
+
 def bars(name: str, description: str, rows: Sequence[Bar], unit: str, digits: str = ".1f") -> Markup:
     """Horizontal bars from zero, whiskers over them for the intervals, the figures written beside them."""
     low = min([0.0] + [min(row.value, row.low if row.low is not None else row.value) for row in rows])
@@ -77,11 +83,12 @@ def bars(name: str, description: str, rows: Sequence[Bar], unit: str, digits: st
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for place, row in enumerate(rows):
-            colour, text, end = COLOURS[row.colour], f"{row.value:{digits}}", row.value
+            colour, text, end = COLOURS[row.colour], signless_zero(row.value, digits), row.value
             axes.barh(place, row.value, height=0.55, color=colour, alpha=0.35)
             if row.low is not None and row.high is not None:
                 axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
-                text, end = f"{text} ({row.low:{digits}} to {row.high:{digits}})", row.high
+                text = f"{text} ({signless_zero(row.low, digits)} to {signless_zero(row.high, digits)})"
+                end = row.high
             axes.plot([row.value], [place], "o", color=colour, markersize=6)
             axes.annotate(text, (max(end, 0), place), (8, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
@@ -99,9 +106,11 @@ def training_curves(name: str, description: str, curves: Sequence[Curve]) -> Mar
         for axes, curve in zip(_grid(figure, len(curves)), curves, strict=True):
             steps, values = [point[0] for point in curve.points], [point[1] for point in curve.points]
             axes.plot(steps, values, color=COLOURS[curve.colour], linewidth=0.8, alpha=0.45)
-            axes.plot(steps, _running_mean(values), color=COLOURS[curve.colour], linewidth=1.8)
+            axes.plot(steps, _running_mean(values), color=COLOURS[curve.colour], linewidth=1.8,
+                      marker="o" if len(values) == 1 else "")  # a line through one point draws nothing
+            axes.set_xlabel("step", fontsize=8)
             axes.set_title(curve.title if values else f"{curve.title}: no finite value")
-    return _svg(name, description, 1.8 * _rows(len(curves)), draw)
+    return _svg(name, description, 2.0 * _rows(len(curves)), draw)
 
 
 def histograms(name: str, description: str, panels: Sequence[tuple[str, Sequence[float], Sequence[int]]]) -> Markup:

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from looper.evaluation import evaluation_metrics, judge
-from looper.report import MODELS, among_formatted, divide_gain, plot_rows, summarise, table, verdict, write_report
-from looper.report_plots import read_curve
+from looper.report import MODELS, among_formatted, caveat, divide_gain, plot_rows, summarise, table, verdict, write_report
+from looper.report_plots import Curve, read_curve, signless_zero, training_curves
 from looper.report_regime_w import compare_credit
 from regime_w.arms import ARMS
 from regime_w.score import score_rows
@@ -140,7 +140,7 @@ def test_table_shows_every_figure(summary):
     base = next(line for line in lines if line.startswith("Base "))
     assert base.split()[1:] == ["30.0", "10.8", "to", "60.3", "0.0", "30.0", "0.0", "0.0", "21"]
     ppo = next(line for line in lines if line.startswith("PPO - Base"))
-    assert ppo.split()[3:] == ["+20.0", "-20.0", "to", "+60.0", "3", "1", "0.62", "+0.0", "+20.0", "+0.0"]
+    assert ppo.split()[3:] == ["+20.0", "-20.0", "to", "+60.0", "3", "1", "0.62", "0.0", "+20.0", "0.0"]
     assert max(map(len, lines)) <= 100
     text.encode("ascii")  # it is printed in any terminal
 
@@ -152,10 +152,35 @@ def test_verdicts_claim_no_more_than_the_test_shows(summary):
     same = copy.deepcopy(summary)
     same["paired"]["ppo_vs_base"] |= {"gained": 0, "lost": 0, "difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
     assert verdict(same, "ppo_vs_base") == (
-        "No difference shown between PPO and Base: +0.0 points (+0.0 to +0.0, p = 1.00).")
+        "No difference shown between PPO and Base: 0.0 points (0.0 to 0.0, p = 1.00).")
     clear = copy.deepcopy(summary)
     clear["paired"]["ppo_vs_base"] |= {"p_value": 0.00001, "difference": -0.2, "low": -0.3, "high": -0.1}
     assert verdict(clear, "ppo_vs_base") == "PPO is below Base: -20.0 points (-30.0 to -10.0, p < 0.0001)."
+
+
+def test_a_figure_that_rounds_to_nothing_has_no_sign():
+    assert [signless_zero(value) for value in (-0.04, 0.0, 0.04, -0.06, 0.06)] == ["0.0", "0.0", "0.0", "-0.1", "+0.1"]
+    assert signless_zero(-0.001, ".2f") == "0.00"
+
+
+def test_few_questions_come_with_a_caveat(summary):
+    """The widest interval is of 5 of 10: Wilson's 23.7 to 76.3."""
+    assert caveat(summary) == (
+        "With 10 questions these figures are rough: an accuracy is known to within about 26 points either way. "
+        "The smallest true difference that the paired test would show in 80% of cases: SFT − Base 39.6 points, "
+        "PPO − SFT 39.6 points, PPO − Base 56.0 points.")  # (1.960 + 0.842) · √2 / 10, √4 / 10
+    assert caveat({**summary, "questions": 200}) == ""
+
+
+def test_a_lone_point_of_a_curve_is_drawn():
+    """A line through one point has no length: only its marker is seen."""
+    assert "<use" in _lines(training_curves("t", "T", [Curve("x", [(1, 0.5)])]))
+    assert "<use" not in _lines(training_curves("t", "T", [Curve("x", [(1, 0.5), (2, 0.25)])]))
+
+
+def _lines(svg: str) -> str:
+    """The figure's part in the accent's colour: its curves."""
+    return "".join(each for each in re.findall(r"<use [^>]*>", svg) if "--accent" in each)
 
 
 def test_plot_rows(summary):
