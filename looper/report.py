@@ -165,6 +165,21 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *NOTES])
 
 
+def about(base: Mapping[str, Any], questions: Mapping[str, Any], counts: Mapping[str, int],
+          settings: Mapping[str, Any]) -> dict[str, str]:
+    """What names the run: label and text. No date, so that the same run gives the same page.
+
+    base, questions: the sections base and prepare of params.yaml. counts: rows by split, of metrics/data.json.
+    settings: further labels and values, taken as they are.
+    """
+    name = base.get("repo") or Path(base.get("file") or base["path"]).name
+    pin = next((f"{key} {base[key][:12]}" for key in ("revision", "sha256", "digest") if base.get(key)), "not pinned")
+    source = {"sample": "the built-in problems"}.get(questions["source"]) or questions.get("repo") or questions["path"]
+    rows = ", ".join(f"{counts[split]:,} {split}" for split in ("train", "dev", "test"))
+    return {"Base model": f"{name} ({base['source']}, {pin})", "Questions": f"{source} ({rows})",
+            **{label: str(value) for label, value in settings.items()}}
+
+
 def verdict(summary: dict[str, Any], pair: str) -> str:
     """One sentence on a paired comparison, as far as its test allows."""
     old, new = (MODELS[model] for model in PAIRS[pair])
@@ -218,20 +233,21 @@ def plot_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, curves: Sequence[tuple[str, Path]],
-                 regime_w: dict[str, Any], rollouts: Iterable[dict[str, Any]], metrics: Mapping[str, Any]) -> None:
+                 regime_w: dict[str, Any], rollouts: Iterable[dict[str, Any]], metrics: Mapping[str, Any],
+                 run: Mapping[str, str], weights: Mapping[str, str | None]) -> None:
     """Writes the page: one HTML file that fetches nothing and runs no script, equal bytes for equal input.
 
     summary: of `summarise`, for these predictions. curves: titles and DVCLive files; a title that begins with SFT or
     PPO takes that model's colour. regime_w: what metrics/regime_w.json holds. rollouts: the rows of
     data/regime_w_rollouts.jsonl, read once. metrics: by file name, what the page lists in full at its end; robustness is
-    read from "dev" and "dev_ppo". Raises ValueError if a curve's file, a key of regime_w or a model's counterfactual
+    read from "dev" and "dev_ppo". run: of `about`. weights: by model, the SHA-256 of its adapter where one is known. Raises ValueError if a curve's file, a key of regime_w or a model's counterfactual
     figures are missing; nothing is written then.
     """
     read = [read_curve(title, file, _colour(title)) for title, file in curves]
     credit, replayed = rollout_blocks(rollouts)
     robustness = robustness_block({**metrics["dev"], **metrics["dev_ppo"]}, MODELS)
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        summary=summary, caveat=caveat(summary), models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
+        summary=summary, caveat=caveat(summary), run=run, weights=weights, models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
         accuracy_figure=_accuracy_figure(summary), gain_figure=_gain_figure(summary),
         curves_figure=training_curves("training", "Training curves of SFT and PPO", read) if read else "",
         regime_w_blocks=regime_w_blocks(regime_w) + replayed, credit=credit, robustness=robustness,

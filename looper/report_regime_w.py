@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from looper.report_plots import Bar, bars, histograms
+from looper.report_plots import Bar, bars, histograms, signless_zero
 from looper.statistics import wilson
 from regime_w.arms import arm_of
 from regime_w.bandit import replay
@@ -61,9 +61,11 @@ def _arms(figures: Figures) -> Block:
     rows = [_share_bar(name, figures("arms", name, "accuracy"), figures("arms", name, "answers")) for name in arms]
     best, worst = max(rows, key=lambda row: row.value), min(rows, key=lambda row: row.value)
     apart = "lie apart" if best.low > worst.high else "overlap, so that these rollouts hardly tell the two apart"
+    runs = (f"All arms are right equally often ({best.value:.1f}%)" if best.value == worst.value else
+            f"Accuracy runs from {worst.value:.1f}% ({worst.label}) to {best.value:.1f}% ({best.label}); their intervals "
+            f"{apart}")
     sentence = (
-        f"Accuracy runs from {worst.value:.1f}% ({worst.label}) to {best.value:.1f}% ({best.label}); their intervals "
-        f"{apart}. The posterior, from a uniform prior, is what Thompson sampling would draw from. "
+        f"{runs}. The posterior, from a uniform prior, is what Thompson sampling would draw from. "
         f"{_range(figures, 'majority_share', 'gives the most frequent answer', _percent)}: an arm that seldom does "
         f"goes its own way. {_range(figures, 'mean_length', 'writes', '{:,.0f} tokens an answer'.format)}.")
     header = ["Arm", "Posterior mean, %", "95% of the posterior", "In the majority, %", "Mean tokens"]
@@ -77,6 +79,8 @@ def _range(figures: Figures, key: str, does: str, text: Callable[[float], str]) 
     """Which arm has the most of a figure, and which the least."""
     values = {name: figures("arms", name, key) for name in figures("arms")}
     most, least = max(values, key=values.get), min(values, key=values.get)
+    if text(values[most]) == text(values[least]):
+        return f"Each arm {does} alike ({text(values[most])})"
     return f"{most} {does} most ({text(values[most])}), {least} least ({text(values[least])})"
 
 
@@ -131,7 +135,7 @@ def _counterfactual(figures: Figures) -> Block:
     sentence = (
         f"{_percent(share)} of the questions have a counterfactual: one number changed, the answer recomputed. There "
         f"the arms are right on {_percent(original)} as asked and on {_percent(changed)} as changed, a gap of "
-        f"{100 * gap:+.1f} points; {_percent(repeats)} of the answers to the changed question repeat the old gold. "
+        f"{signless_zero(100 * gap)} points; {_percent(repeats)} of the answers to the changed question repeat the old gold. "
         "A wide gap and many repeats would speak for remembered answers. s_cf is the placeholder on "
         f"{_percent(placeholder)} of the questions.")
     shares = {"as asked": original, "one number changed": changed, "changed, old gold given": repeats}
@@ -202,8 +206,8 @@ def bandit_block(rollouts: Sequence[dict[str, Any]]) -> Block:
     sentence = (
         f"Had one arm answered each of the {n:,} questions, the best single arm, known only afterwards, would be "
         f"{best['name']} with {_percent(best['accuracy'])}; regret is how many right answers an allocation falls short "
-        f"of it. Against uniform, Thompson sampling earns {gains['thompson']:+.1f} right answers and UCB1 "
-        f"{gains['ucb1']:+.1f} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors "
+        f"of it. Against uniform, Thompson sampling earns {signless_zero(gains['thompson'])} right answers and UCB1 "
+        f"{signless_zero(gains['ucb1'])} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors "
         f"of one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
     rows = [[label, _percent(each["accuracy"]), f"{each['regret']:.1f}"] for label, each in found.items()]
     rows.append([f"Best single arm ({best['name']})", _percent(best["accuracy"]), f"{0:.1f}"])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from looper.report_plots import Bar, bars
+from looper.report_plots import Bar, bars, signless_zero
 from looper.report_regime_w import Block, table_html
 
 
@@ -32,7 +32,7 @@ def robustness_block(dev: Mapping[str, Mapping[str, Any]], labels: Mapping[str, 
         gap = found[model]["gap"]
         cells.append([label, f"{100 * dev[model]['accuracy']['value']:.1f}", *(
             f"{100 * found[model][version]['value']:.1f}" for version in ("original", "changed")),
-            f"{100 * gap['value']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})",
+            "{} ({} to {})".format(*(signless_zero(100 * gap[end]) for end in ("value", "low", "high"))),
             f"{100 * found[model]['repeats_old_gold']:.1f}"])
     header = ["Model", "All dev questions asked, %", "As asked, %", "Changed, %", "Gap, points", "Old answer repeated, %"]
     description = "Accuracy on dev questions as asked and with one number changed"

@@ -1,6 +1,6 @@
 """Stage report: the comparison of Base, SFT and PPO that a person reads.
 
-Reads the predictions, the metrics, and of the first round the scored rollouts and the training curves. Writes
+Reads the settings that name the run, the predictions, the metrics, and of the first round the scored rollouts and the training curves. Writes
 metrics/summary.json (what `dvc metrics diff` compares), metrics/plots/accuracy.json and reports/report.html, and prints
 the table.
 """
@@ -23,19 +23,27 @@ CURVES = {
 
 
 def main() -> None:
-    load_params()
+    params = load_params()
     from looper.evaluation import PREDICTION_FIELDS
     from looper.files import read_json, write_json
     from looper.jsonl import iterate_jsonl, read_jsonl
-    from looper.report import MODELS, plot_rows, summarise, table, write_report
+    from looper.report import MODELS, about, plot_rows, summarise, table, write_report
 
     predictions = {name: read_jsonl(Path("data/predictions") / f"{name}.jsonl", PREDICTION_FIELDS)
                    for name in MODELS}
     figures = {name: read_json(Path("metrics") / f"eval_{name}.json") for name in MODELS}
     metrics = {name: read_json(Path("metrics") / f"{name}.json") for name in METRICS}
     summary = summarise(predictions, figures)
+    named = about(params.base.model_dump(), params.prepare.model_dump(), metrics["data"]["rows"], {
+        "Template": params.model.template,
+        "SFT": f"targets {params.sft.targets}, epochs {params.sft.epochs:g}, learning rate {params.sft.learning_rate:g}",
+        "PPO": f"credit {params.ppo.credit}, rounds {len(params.rounds)}, learning rate {params.ppo.learning_rate:g}",
+        "Seeds": f"questions {params.prepare.seed}, SFT {params.sft.seed}, rollouts {params.rollouts.seed}, "
+                 f"PPO {params.ppo.seed}",
+    })
+    weights = {name: figures[name].get("adapter_sha256") for name in MODELS}
     write_report(Path("reports/report.html"), summary, predictions, list(CURVES.items()), metrics["regime_w"],
-                 iterate_jsonl(Path("data/regime_w_rollouts.jsonl")), metrics)
+                 iterate_jsonl(Path("data/regime_w_rollouts.jsonl")), metrics, named, weights)
     write_json(Path("metrics/plots/accuracy.json"), plot_rows(summary))
     write_json(Path("metrics/summary.json"), summary)
     print(table(summary))

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from looper.evaluation import evaluation_metrics, judge
-from looper.report import MODELS, among_formatted, caveat, divide_gain, plot_rows, summarise, table, verdict, write_report
+from looper.report import MODELS, about, among_formatted, caveat, divide_gain, plot_rows, summarise, table, verdict, write_report
 from looper.report_plots import Curve, read_curve, signless_zero, training_curves
 from looper.report_regime_w import compare_credit
 from regime_w.arms import ARMS
@@ -183,6 +183,20 @@ def _lines(svg: str) -> str:
     return "".join(each for each in re.findall(r"<use [^>]*>", svg) if "--accent" in each)
 
 
+def test_the_run_is_named():
+    counts = {"train": 1000, "dev": 20, "test": 52}
+    wheel = {"source": "wheel", "requirement": "x==1", "file": "x/tiny.gguf", "sha256": "0123456789abcdef"}
+    assert about(wheel, {"source": "sample"}, counts, {"Seed": 0}) == {
+        "Base model": "tiny.gguf (wheel, sha256 0123456789ab)",
+        "Questions": "the built-in problems (1,000 train, 20 dev, 52 test)", "Seed": "0"}
+    hub = {"source": "hub", "repo": "a/b", "revision": "f" * 40}
+    named = about(hub, {"source": "path", "path": "gsm8k"}, counts, {})
+    assert named["Base model"] == "a/b (hub, revision ffffffffffff)"
+    assert named["Questions"].startswith("gsm8k (")
+    folder = about({"source": "folder", "path": "weights/tiny", "digest": None}, {"source": "sample"}, counts, {})
+    assert folder["Base model"] == "tiny (folder, not pinned)"
+
+
 def test_plot_rows(summary):
     assert plot_rows(summary)[0] == {"model": "Base", "accuracy": 0.3, "low": 0.107791, "high": 0.603222}
     assert [row["model"] for row in plot_rows(summary)] == ["Base", "SFT", "PPO"]
@@ -228,7 +242,8 @@ def report(tmp_path_factory, predictions, summary):
     curve = tmp_path_factory.mktemp("curves") / "loss.tsv"
     curve.write_text("step\tloss\n1\t2.5\n2\tnan\n3\t1.5\n")
     return {"summary": summary, "predictions": predictions, "curves": [("SFT: loss", curve)], "regime_w": regime_w,
-            "rollouts": rollouts, "metrics": {
+            "rollouts": rollouts, "run": {"Base model": "tiny (hub, revision 0123456789ab)"},
+            "weights": {"base": None, "sft": "abcdef0123456789", "ppo": None}, "metrics": {
                 "metrics/x.json": {"a": {"b": 0.25, "c": NASTY}, "empty": {}},
                 "dev": {"base": dev_figures(0.5), "sft": dev_figures(0.75)}, "dev_ppo": {"ppo": dev_figures(0.875)}}}
 
@@ -287,6 +302,7 @@ def test_report_escapes_what_models_and_data_hold(text):
 def test_report_shows_the_comparison(text):
     shown = " ".join("".join(Page(text).texts).split())
     for expected in ("on 10 test questions", "30.0 (10.8 to 60.3)", "SFT: loss",
+                     "Base model tiny (hub, revision 0123456789ab)", "SFT adapter abcdef012345 50.0",
                      "No difference shown between SFT and Base: +20.0 points", "gap of -68.8 points", "a.b0.25",
                      "answer 2 of 10 questions rightly (20.0%) and all fail on 4 (40.0%); they differ on 4",
                      "Base wrong, SFT right, PPO right: 2 questions", "Base right, SFT right, PPO wrong: 1 question "):
