@@ -159,7 +159,8 @@ def table(summary: dict[str, Any]) -> str:
     for pair, (old, new) in PAIRS.items():
         test = summary["paired"][pair]
         form, reasoning, either = (100 * test["gain"][name]["difference"] for name in GAINS)
-        lines.append(f"{MODELS[new] + ' - ' + MODELS[old]:12}{signless_zero(100 * test['difference']):>10}{_range(test, '+'):>15}"
+        lines.append(f"{MODELS[new] + ' - ' + MODELS[old]:12}{signless_zero(100 * test['difference']):>10}"
+                     f"{_range(test, '+'):>15}"
                      f"{test['gained']:9}{test['lost']:10}{p_text(test['p_value']):>12}"
                      f"   {signless_zero(form):>7}{signless_zero(reasoning):>10}{signless_zero(either):>8}")
     return "\n".join([*lines, "", *NOTES])
@@ -240,14 +241,16 @@ def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, 
     summary: of `summarise`, for these predictions. curves: titles and DVCLive files; a title that begins with SFT or
     PPO takes that model's colour. regime_w: what metrics/regime_w.json holds. rollouts: the rows of
     data/regime_w_rollouts.jsonl, read once. metrics: by file name, what the page lists in full at its end; robustness is
-    read from "dev" and "dev_ppo". run: of `about`. weights: by model, the SHA-256 of its adapter where one is known. Raises ValueError if a curve's file, a key of regime_w or a model's counterfactual
-    figures are missing; nothing is written then.
+    read from "dev" and "dev_ppo". run: of `about`. weights: by model, the SHA-256 of its adapter where one is known.
+    Raises ValueError if a curve's file, a key of regime_w or a model's counterfactual figures are missing; nothing is
+    written then.
     """
     read = [read_curve(title, file, _colour(title)) for title, file in curves]
     credit, replayed = rollout_blocks(rollouts)
     robustness = robustness_block({**metrics["dev"], **metrics["dev_ppo"]}, MODELS)
     page = _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        summary=summary, caveat=caveat(summary), run=run, weights=weights, models=MODELS, pairs=PAIRS, verdicts={pair: verdict(summary, pair) for pair in PAIRS},
+        summary=summary, caveat=caveat(summary), run=run, weights=weights, models=MODELS, pairs=PAIRS,
+        verdicts={pair: verdict(summary, pair) for pair in PAIRS},
         accuracy_figure=_accuracy_figure(summary), gain_figure=_gain_figure(summary),
         curves_figure=training_curves("training", "Training curves of SFT and PPO", read) if read else "",
         regime_w_blocks=regime_w_blocks(regime_w) + replayed, credit=credit, robustness=robustness,

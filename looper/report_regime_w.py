@@ -62,8 +62,8 @@ def _arms(figures: Figures) -> Block:
     best, worst = max(rows, key=lambda row: row.value), min(rows, key=lambda row: row.value)
     apart = "lie apart" if best.low > worst.high else "overlap, so that these rollouts hardly tell the two apart"
     runs = (f"All arms are right equally often ({best.value:.1f}%)" if best.value == worst.value else
-            f"Accuracy runs from {worst.value:.1f}% ({worst.label}) to {best.value:.1f}% ({best.label}); their intervals "
-            f"{apart}")
+            f"Accuracy runs from {worst.value:.1f}% ({worst.label}) to {best.value:.1f}% ({best.label}); their "
+            f"intervals {apart}")
     sentence = (
         f"{runs}. The posterior, from a uniform prior, is what Thompson sampling would draw from. "
         f"{_range(figures, 'majority_share', 'gives the most frequent answer', _percent)}: an arm that seldom does "
@@ -135,8 +135,8 @@ def _counterfactual(figures: Figures) -> Block:
     sentence = (
         f"{_percent(share)} of the questions have a counterfactual: one number changed, the answer recomputed. There "
         f"the arms are right on {_percent(original)} as asked and on {_percent(changed)} as changed, a gap of "
-        f"{signless_zero(100 * gap)} points; {_percent(repeats)} of the answers to the changed question repeat the old gold. "
-        "A wide gap and many repeats would speak for remembered answers. s_cf is the placeholder on "
+        f"{signless_zero(100 * gap)} points; {_percent(repeats)} of the answers to the changed question repeat the old "
+        "gold. A wide gap and many repeats would speak for remembered answers. s_cf is the placeholder on "
         f"{_percent(placeholder)} of the questions.")
     shares = {"as asked": original, "one number changed": changed, "changed, old gold given": repeats}
     rows = [Bar(label, 100 * value) for label, value in shares.items()]
@@ -207,8 +207,8 @@ def bandit_block(rollouts: Sequence[dict[str, Any]]) -> Block:
         f"Had one arm answered each of the {n:,} questions, the best single arm, known only afterwards, would be "
         f"{best['name']} with {_percent(best['accuracy'])}; regret is how many right answers an allocation falls short "
         f"of it. Against uniform, Thompson sampling earns {signless_zero(gains['thompson'])} right answers and UCB1 "
-        f"{signless_zero(gains['ucb1'])} ({report['floor']:.0%} of their choices stay even over the arms); two standard errors "
-        f"of one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
+        f"{signless_zero(gains['ucb1'])} ({report['floor']:.0%} of their choices stay even over the arms); two standard "
+        f"errors of one uniform run are {noise:.1f}. The better of the two earns {verdict}.")
     rows = [[label, _percent(each["accuracy"]), f"{each['regret']:.1f}"] for label, each in found.items()]
     rows.append([f"Best single arm ({best['name']})", _percent(best["accuracy"]), f"{0:.1f}"])
     return Block("Arms as bandits", sentence, table_html(["Allocation", "Accuracy", "Regret, right answers"], rows))

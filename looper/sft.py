@@ -16,8 +16,8 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
 from looper.distributed import rank, share, undivided, world
-from looper.micro_batch import fitting_passes
 from looper.live import LiveMetrics, show_progress
+from looper.micro_batch import fitting_passes
 from looper.packing import IGNORED, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids

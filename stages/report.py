@@ -1,8 +1,8 @@
 """Stage report: the comparison of Base, SFT and PPO that a person reads.
 
-Reads the settings that name the run, the predictions, the metrics, and of the first round the scored rollouts and the training curves. Writes
-metrics/summary.json (what `dvc metrics diff` compares), metrics/plots/accuracy.json and reports/report.html, and prints
-the table.
+Reads the settings that name the run, the predictions, the metrics, and of the first round the scored rollouts and the
+training curves. Writes metrics/summary.json (what `dvc metrics diff` compares), metrics/plots/accuracy.json and
+reports/report.html, and prints the table.
 """
 
 from pathlib import Path
@@ -36,7 +36,8 @@ def main() -> None:
     summary = summarise(predictions, figures)
     named = about(params.base.model_dump(), params.prepare.model_dump(), metrics["data"]["rows"], {
         "Template": params.model.template,
-        "SFT": f"targets {params.sft.targets}, epochs {params.sft.epochs:g}, learning rate {params.sft.learning_rate:g}",
+        "SFT": f"targets {params.sft.targets}, epochs {params.sft.epochs:g}, "
+               f"learning rate {params.sft.learning_rate:g}",
         "PPO": f"credit {params.ppo.credit}, rounds {len(params.rounds)}, learning rate {params.ppo.learning_rate:g}",
         "Seeds": f"questions {params.prepare.seed}, SFT {params.sft.seed}, rollouts {params.rollouts.seed}, "
                  f"PPO {params.ppo.seed}",
