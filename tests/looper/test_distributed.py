@@ -259,7 +259,8 @@ def test_a_stage_on_two_processes_writes_the_same_files(project, monkeypatch):
 
     arguments, files = ("base", "models/base/manifest.json"), ["data/predictions/base.jsonl", "metrics/eval_base.json"]
     done = start(project, "stages.eval", *arguments)
-    assert done.returncode == 0 and done.stdout.count("\n") == 1 and done.stdout.startswith("eval base "), done.stderr
+    said = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert (done.returncode, said) == (0, ["test accuracy of base", "eval base models/base/manifest.json"]), done.stderr
     assert not list((project / ".scratch").iterdir())
     on_two = [(project / file).read_bytes() for file in files]
     for file in files:
