@@ -5,6 +5,7 @@ python -m regime_w score IN.jsonl OUT.jsonl    scores a rollouts file (schema: r
 python -m regime_w replay SCORED.jsonl         replays arm allocations (bandits) on a scored file
 python -m regime_w bench [N]                   scores N random questions (100,000) and prints seconds and peak memory
 python -m regime_w counterfactuals GSM8K.jsonl prints the share of questions that get one
+python -m regime_w.demo [FILE]                 explains worked questions, or a file's, number by number
 """
 
 import json
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> int:
         case _:
             print(f"{misuse(arguments)}\n\n{__doc__}", file=sys.stderr)
             return 2
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not have every character of a file's name
     try:
         print(run())
     except (ValueError, OSError) as error:
@@ -74,8 +76,8 @@ def summary(metrics: dict[str, Any], target: str) -> str:
     accuracy, parts = metrics["accuracy"], ("s_end", "s_path", "s_cf", "s_wm")
     changed = metrics["counterfactual"]
     gap = "no question has one" if changed["gap"] is None else (
-        f"gap {changed['gap']:+.1%}: {changed['accuracy_original']:.1%} right on q, {changed['accuracy_changed']:.1%} "
-        f"on q' ({changed['share']:.1%} of questions have one)")
+        f"gap {100 * changed['gap']:+z.1f} points: {changed['accuracy_original']:.1%} right on q, "
+        f"{changed['accuracy_changed']:.1%} on q' ({changed['share']:.1%} of questions have one)")
     return "\n".join((
         f"questions       {metrics['questions']:,}",
         f"accuracy        mean {accuracy['mean']:.1%}, any arm {accuracy['any']:.1%}, "

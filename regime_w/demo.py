@@ -24,10 +24,10 @@ Each arm has a reward of its own: {reward_correct:+} if it is right, else {rewar
 
 def main(arguments: list[str]) -> int:
     """Prints the explained scores; 0, or 2 after an error in the file."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal need not have every character of a file
     if len(arguments) > 1 or arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0 if len(arguments) == 1 else 2
-    sys.stdout.reconfigure(errors="replace")  # a terminal need not have every character of a file
     try:
         print(INTRO.format(**vars(ScoreSettings())))
         for text in map_rows(Path(arguments[0]), _explained) if arguments else map(_explained, worked_rows()):

@@ -10,6 +10,7 @@ import pytest
 from regime_w import __main__ as command
 from regime_w import demo, sample_rows
 from regime_w.arms import ARMS, Arm
+from regime_w.rows import encode, write_lines
 from regime_w.sample_rows import random_rows, worked_rows
 from regime_w.score import score_file, score_row
 
@@ -101,12 +102,28 @@ questions       4
 accuracy        mean 12.5%, any arm 25.0%, majority 25.0%
 mean reward     0.438
 mean components s_end 0.792, s_path 1.000, s_cf 0.625, s_wm 0.804
-counterfactual  gap -50.0%: 50.0% right on q, 100.0% on q' (25.0% of questions have one)
+counterfactual  gap -50.0 points: 50.0% right on q, 100.0% on q' (25.0% of questions have one)
 scored file     {target}
 """
     source.write_text(json.dumps(others[0]))
     assert command.main(["score", str(source), str(target)]) == 0
     assert "counterfactual  no question has one\n" in capsys.readouterr().out
+    outputs[2]["answer"] = "5"  # as many right on q as on q′
+    for each, changed in zip(outputs, ("9", "9", "9", "1")):
+        each["counterfactual"] = {"answer": changed}
+    source.write_text(json.dumps(row))
+    assert command.main(["score", str(source), str(target)]) == 0
+    assert "counterfactual  gap +0.0 points: 75.0% right on q, 75.0% on q' (100.0% of questions have one)\n" in (
+        capsys.readouterr().out)
+
+
+def test_a_name_that_the_terminal_lacks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target, shown = tmp_path / "in.jsonl", tmp_path / "outé.jsonl", io.BytesIO()
+    write_lines(source, map(encode, worked_rows()))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert command.main(["score", str(source), str(target)]) == 0 and target.exists()
+    sys.stdout.flush()
+    assert b"out?.jsonl" in shown.getvalue()
 
 
 def test_how_many_rows_bench_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -1,8 +1,10 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from regime_w import metrics as metrics_module
 from regime_w.metrics import Distribution, beta_interval, rounded
 from regime_w.sample_rows import random_rows
 from regime_w.score import score_row, score_rows
@@ -51,6 +53,29 @@ def test_arms_by_hand() -> None:
     assert [each["posterior_mean"] for each in found.values()] == [0.6, 0.4, 0.2]
     low, high = beta_interval(2, 1)
     assert (found["a"]["posterior_low"], found["a"]["posterior_high"]) == (round(low, 6), round(high, 6))
+
+
+def test_arms_over_many_rows_are_counted_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms that come late, and a last batch that lacks the latest of them."""
+    monkeypatch.setattr(metrics_module, "BATCH", 64)
+    given = list(random_rows(200, seed=4))
+    for i, row in enumerate(given):
+        kept = slice(2, None) if i < 100 else slice(4) if i < 150 else slice(2, 5)
+        row["arm_outputs"] = row["arm_outputs"][kept]
+    scored, metrics = score_rows(given, ScoreSettings(resamples=100))
+    answers, right, tokens = Counter(), Counter(), Counter()
+    for row in scored:
+        for output in row["arm_outputs"]:
+            answers[output["name"]] += 1
+            right[output["name"]] += output["correct"]
+            tokens[output["name"]] += output["num_tokens"]
+    found = metrics.metrics()["arms"]
+    assert found.keys() == answers.keys() and len(set(answers.values())) > 2
+    for name, count in answers.items():
+        figures = found[name]
+        assert figures["answers"] == count
+        assert figures["accuracy"] == pytest.approx(right[name] / count, abs=1e-6)
+        assert figures["mean_length"] == pytest.approx(tokens[name] / count, abs=1e-6)
 
 
 def test_counterfactual_gap_by_hand() -> None:

@@ -131,6 +131,7 @@ BROKEN = [
     (lambda r: r.pop("counterfactual"), "field 'counterfactual' is missing"),
     (lambda r: r.update(counterfactual=3), "field 'counterfactual' must be an object or null, found 3"),
     (lambda r: r.update(counterfactual={}), "field 'counterfactual.gold_answer' is missing"),
+    (lambda r: r["arm_outputs"][1].pop("counterfactual"), r"arm_outputs\[1\].counterfactual' is missing; add it"),
     (lambda r: r["arm_outputs"][1].update(counterfactual=None),
     r"arm_outputs\[1\].counterfactual' must be an object, found null"),
     (lambda r: r["arm_outputs"][1].update(counterfactual={}), r"arm_outputs\[1\].counterfactual.answer' is missing"),
