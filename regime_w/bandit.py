@@ -153,9 +153,13 @@ def _table(rows: Iterable[dict]) -> tuple[list[str], np.ndarray]:
     names, table = [], []
     for number, row in enumerate(rows, 1):
         outputs = row["arm_outputs"]
-        names = names or [output["name"] for output in outputs]
-        if [output["name"] for output in outputs] != names or any("correct" not in output for output in outputs):
-            raise ValueError(f"row {number}: a replay needs 'correct' for the same arms in every row; score it first")
+        found = [output["name"] for output in outputs]
+        names = names or found
+        if any("correct" not in output for output in outputs):
+            raise ValueError(f"row {number}: an arm's output has no field 'correct'; score the file first")
+        if found != names:
+            raise ValueError(f"row {number}: a replay needs the arms of row 1 in their order, {', '.join(names)}, found "
+                             f"{', '.join(found)}; give it rows that all arms answered (rollouts.allocation: uniform)")
         table.append([int(output["correct"]) for output in outputs])
     if not table:
         raise ValueError("a replay needs scored rows, found none; score a rollouts file first")

@@ -92,8 +92,9 @@ def check_row(row: Any) -> None:
             _fail(f"arm_outputs[{i}].num_tokens", output["num_tokens"], f"from 0 to {MAX_TOKENS} (tokens)")
         if "arm" in output:
             _check(output, ("arm_outputs", i), _ARM)
-    if len({output["name"] for output in outputs}) < len(outputs):
-        _fail("arm_outputs", [output["name"] for output in outputs], "outputs of arms with different names")
+    names = [output["name"] for output in outputs]
+    if len(set(names)) < len(names):
+        _fail("arm_outputs", [name for name in names if names.count(name) > 1], "outputs of arms with different names")
 
 
 def check_scored(row: Any) -> dict:

@@ -100,9 +100,9 @@ def test_replay_without_a_floor_need_not_try_every_arm() -> None:
 
 @pytest.mark.parametrize(("rows", "text"), [
     ([], "needs scored rows, found none"),
-    ([{"arm_outputs": [{"name": "a"}]}], "row 1: a replay needs 'correct'"),
+    ([{"arm_outputs": [{"name": "a"}]}], "row 1: an arm's output has no field 'correct'; score the file"),
     ([{"arm_outputs": [{"name": "a", "correct": True}]}, {"arm_outputs": [{"name": "b", "correct": True}]}],
-    "row 2: .* same arms"),
+     "row 2: a replay needs the arms of row 1 in their order, a, found b; .* uniform"),
 ])
 def test_rows_that_cannot_be_replayed(rows: list, text: str) -> None:
     with pytest.raises(ValueError, match=text):
