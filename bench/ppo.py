@@ -163,18 +163,22 @@ def start(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: S
 def forward(policy: PeftModel, critic: PeftModel | None, head: nn.Linear,
             batch: Sequence[PPOSample]) -> tuple[Tensor, Tensor]:
     """(log-probabilities, values) of the response tokens, each [B, T]; log-softmax over all positions, padding too."""
-    tokens = collate(batch, policy.device)
-    ones = [[1] * (len(each.prompt_ids) + len(each.response_ids)) for each in batch]
-    mask = padded(ones, torch.long).to(policy.device)
-    out = policy(input_ids=tokens.input_ids, attention_mask=mask, use_cache=False, output_hidden_states=critic is None)
-    everywhere = out.logits[:, :-1].float().log_softmax(-1).gather(-1, tokens.input_ids[:, 1:, None])[..., 0]
+    whole = [[*each.prompt_ids, *each.response_ids] for each in batch]
+    ids = padded(whole, torch.long).to(policy.device)
+    mask = padded([[1] * len(row) for row in whole], torch.long).to(policy.device)
+    response = collate(batch, policy.device).mask
+    starts = torch.tensor([len(each.prompt_ids) for each in batch], device=policy.device)
+    # The position before each response token; 0 where a shorter response has none
+    sources = (starts[:, None] - 1 + torch.arange(response.shape[1], device=policy.device)) * response
+    out = policy(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=critic is None)
+    everywhere = out.logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     if critic is not None:
         trunk = critic.get_base_model().base_model
-        hidden = trunk(input_ids=tokens.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     else:
         hidden = out.hidden_states[-1]
     values = head(hidden.float())[..., 0]
-    return everywhere.gather(1, tokens.sources) * tokens.mask, values.gather(1, tokens.sources) * tokens.mask
+    return everywhere.gather(1, sources) * response, values.gather(1, sources) * response
 
 
 # ---- the gate ----

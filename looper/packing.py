@@ -1,18 +1,18 @@
-"""Fine-tuning on a processor without work that the loss ignores: no padding, and the head on labelled positions alone.
+"""Training without padding: the rows of a pass end to end, each attending to itself.
 
-On a GPU a pass costs its launches and TRL's kernels do this; on a processor every padded position and every pass over
-the vocabulary is paid for.
+On a processor the language model's head is ours too: it makes no logits twice. On a GPU TRL's kernels do better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "looper_rows"
@@ -22,18 +22,41 @@ HEAD_POSITIONS = 128  # whose logits exist at once: 25 MB at 49,152 tokens, whic
 PLAIN = ("llama", "qwen2")
 
 
+class Rows(NamedTuple):
+    """Where the rows of a pass stand, laid end to end: how many tokens each has, and where each starts and the last ends."""
+
+    lengths: list[int]
+    starts: Tensor  # [rows + 1], int32, on the model's device
+
+
+def end_to_end(real: Tensor) -> tuple[Rows, Tensor]:
+    """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens])."""
+    counts = real.sum(1)
+    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real][None]
+    return Rows(counts.tolist(), F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))), positions
+
+
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
-                  scaling: float | None = None, dropout: float = 0.0, row_lengths: list[int] | None = None,
+                  scaling: float | None = None, dropout: float = 0.0, rows: Rows | None = None,
                   **kwargs: Any) -> tuple[Tensor, None]:
     """Causal attention of each row to itself, as transformers' AttentionInterface calls it.
 
-    query [1, heads, tokens, dim], key and value [1, key-value heads, tokens, dim]: rows one after another, each of as
-    many tokens as `row_lengths` says.
+    query [1, heads, tokens, dim], key and value [1, key-value heads, tokens, dim]: `rows` one after another. Without
+    `rows`, [batch, …, …, …]: each of the batch is one.
     """
-    grouped = query.shape[1] != key.shape[1]
-    rows = zip(*(states.split(row_lengths, 2) for states in (query, key, value)))
-    out = [F.scaled_dot_product_attention(*row, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
-           for row in rows]
+    groups = query.shape[1] // key.shape[1]
+    if rows is None:
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling,
+                                             enable_gqa=groups > 1)
+        return out.transpose(1, 2), None
+    if query.is_cuda and query.dtype != torch.float32:  # the flash kernel, for halves alone
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        states = (each[0].transpose(0, 1) for each in (query, key, value))
+        longest = max(rows.lengths)
+        return varlen_attn(*states, rows.starts, rows.starts, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+    parts = zip(*(states.split(rows.lengths, 2) for states in (query, key, value)))
+    out = [F.scaled_dot_product_attention(*part, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+           for part in parts]
     return torch.cat([each.transpose(1, 2) for each in out], 1), None
 
 
@@ -48,12 +71,15 @@ def packed(model: PeftModel) -> Iterator[None]:
     What it returns is what TRL's own head returns, up to the order of sums. Models other than `PLAIN` keep their way.
     """
     causal = model.get_base_model()
-    if causal.config.model_type not in PLAIN or getattr(causal.config, "use_sliding_window", False):
+    if not is_plain(causal):
         yield
         return
     attention, forward = causal.config._attn_implementation, causal.forward
     causal.set_attn_implementation(ATTENTION)
-    causal.forward = lambda **inputs: _scores(causal, **inputs)
+    if causal.device.type == "cpu":
+        causal.forward = lambda **inputs: _scores(causal, **inputs)
+    else:
+        causal.forward = lambda **inputs: _unpadded(forward, **inputs)
     try:
         yield
     finally:
@@ -61,13 +87,29 @@ def packed(model: PeftModel) -> Iterator[None]:
         causal.set_attn_implementation(attention)
 
 
+def is_plain(causal: PreTrainedModel) -> bool:
+    """Whether `causal` is a model of which rows can be laid end to end."""
+    return causal.config.model_type in PLAIN and not getattr(causal.config, "use_sliding_window", False)
+
+
+def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+              **inputs: Any) -> Any:
+    """`forward` of right-padded input_ids and labels [rows, length], their rows end to end."""
+    real = attention_mask.bool()
+    rows, positions = end_to_end(real)
+    first = torch.zeros_like(real)
+    first[:, 0] = True  # nothing of its row precedes it: the row before must not be trained to say it
+    return forward(input_ids=input_ids[real][None], position_ids=positions, rows=rows,
+                   labels=labels.masked_fill(first, IGNORED)[real][None], **inputs)
+
+
 def _scores(causal: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
             **_: Any) -> SimpleNamespace:
     """What TRL's head returns, of right-padded input_ids and labels [rows, length]; each value [labelled positions]."""
     real = attention_mask.bool()
-    positions = torch.arange(real.shape[1]).expand_as(real)
-    hidden = causal.base_model(input_ids=input_ids[real][None], position_ids=positions[real][None], use_cache=False,
-                               row_lengths=real.sum(1).tolist()).last_hidden_state[0]
+    rows, positions = end_to_end(real)
+    hidden = causal.base_model(input_ids=input_ids[real][None], position_ids=positions, use_cache=False,
+                               rows=rows).last_hidden_state[0]
     # A position's label is the next token of its row
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)[real]
     labelled = following != IGNORED

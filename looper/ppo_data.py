@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from looper.packing import Rows
 from looper.ppo_settings import PPOSettings
 
 COMPONENTS = ("s_end", "s_path", "s_cf", "s_wm")
@@ -117,24 +119,30 @@ def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 class Tokens(NamedTuple):
-    """B samples, padded at the right: L tokens of prompt and response, T of response. No attention mask is needed:
-    under causal attention no real token sees the padding behind it."""
+    """B samples end to end, without padding: L tokens of prompts and responses, N of responses."""
 
-    input_ids: Tensor  # [B, L]
-    sources: Tensor  # [B, T]: the position in L whose hidden state predicts response token t
-    targets: Tensor  # [B, T]: the response's token ids
-    mask: Tensor  # [B, T]: true at response tokens
+    input_ids: Tensor  # [1, L]
+    positions: Tensor  # [1, L]: each token's place in its sample
+    rows: Rows  # where each sample stands in L
+    sources: Tensor  # [N]: the place in L whose hidden state predicts the response token
+    targets: Tensor  # [N]: the responses' token ids
+    mask: Tensor  # [B, T]: true at response tokens, T of the longest; its trues are the N, row by row
 
 
 def collate(samples: Sequence[PPOSample], device: torch.device) -> Tokens:
-    lengths = torch.tensor([len(sample.response_ids) for sample in samples])
-    starts = torch.tensor([len(sample.prompt_ids) for sample in samples])
-    offsets = torch.arange(int(lengths.max()))
-    mask = offsets < lengths[:, None]
-    sources = (starts[:, None] - 1 + offsets) * mask
-    tokens = Tokens(padded([[*sample.prompt_ids, *sample.response_ids] for sample in samples], torch.long), sources,
-                    padded([sample.response_ids for sample in samples], torch.long), mask)
-    return Tokens(*(tensor.to(device) for tensor in tokens))
+    prompts, responses = ([len(ids) for ids in each] for each in zip(*((s.prompt_ids, s.response_ids) for s in samples)))
+    lengths = [prompt + response for prompt, response in zip(prompts, responses)]
+    ends = list(accumulate(lengths, initial=0))
+    # A response token is predicted from the token before it
+    sources = [range(end - response - 1, end - 1) for end, response in zip(ends[1:], responses)]
+    mask = torch.arange(max(responses)) < torch.tensor(responses)[:, None]
+
+    def flat(rows: Iterable[Iterable[int]], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor([*chain.from_iterable(rows)], dtype=dtype).to(device)
+
+    return Tokens(flat((*s.prompt_ids, *s.response_ids) for s in samples)[None], flat(map(range, lengths))[None],
+                  Rows(lengths, flat([ends], torch.int32)), flat(sources), flat(s.response_ids for s in samples),
+                  mask.to(device))
 
 
 def padded(rows: Sequence[Sequence[float] | Tensor], dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from looper.lora import compute_in_base_precision
+from looper.packing import ATTENTION, PLAIN, is_plain
 from looper.ppo_data import Tokens
 from looper.ppo_math import selective_log_softmax
 
@@ -15,9 +17,8 @@ class PolicyWithValue(nn.Module):
 
     The head's weights are zero at first; the trainer sets its bias to the mean reward.
 
-    LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. The
-    base computes in its own type (NF4 in bfloat16) and the adapter beside it in float32, without autocast: PEFT casts,
-    which is more exact and 10 to 25% faster. Log-probabilities are computed in float32 from the hidden states. Dropout
+    LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. Both
+    compute in the base's type (NF4 in bfloat16: see looper.lora). Log-probabilities are computed in float32 from the hidden states. Dropout
     is off throughout, or the ratio would compare two different random functions.
     Raises ValueError if the adapter is not trainable, or the head of the language model is not a plain frozen one.
     """
@@ -25,12 +26,17 @@ class PolicyWithValue(nn.Module):
     def __init__(self, policy: PeftModel, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.policy = policy
+        compute_in_base_precision(policy)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trainable:
             raise ValueError("ppo: the adapter has no trainable weight; load it with is_trainable=True")
         for parameter in trainable:
             parameter.data = parameter.data.float()
         language_model = policy.get_base_model()
+        if not is_plain(language_model):
+            raise ValueError(f"ppo: no model of type {language_model.config.model_type} (or none with a sliding window); the "
+                             f"base must be one of {', '.join(PLAIN)}")
+        language_model.set_attn_implementation(ATTENTION)
         head = language_model.get_output_embeddings()
         if isinstance(head, BaseTunerLayer) or head.weight.requires_grad or not head.weight.is_floating_point():
             raise ValueError("ppo: the language model's head must be neither trained nor quantised; leave lm_head out "
@@ -60,11 +66,11 @@ class PolicyWithValue(nn.Module):
         """→ log-probabilities, values and entropies (without gradient), each [B, T] float32, zero outside the mask."""
         language_model = self.policy.get_base_model()
         trunk = getattr(language_model, language_model.base_model_prefix)
-        hidden = trunk(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None].expand_as(tokens.mask)
-        hidden = hidden[rows[tokens.mask], tokens.sources[tokens.mask]]  # [N, D]: only what predicts a response token
+        hidden = trunk(input_ids=tokens.input_ids, position_ids=tokens.positions, rows=tokens.rows,
+                       use_cache=False).last_hidden_state
+        hidden = hidden[0, tokens.sources]  # [N, D]: only what predicts a response token
         head = language_model.get_output_embeddings().weight
-        logprobs, entropies = selective_log_softmax(hidden.to(head.dtype), head, tokens.targets[tokens.mask])
+        logprobs, entropies = selective_log_softmax(hidden.to(head.dtype), head, tokens.targets)
         values = self.value_head(hidden.float()).squeeze(-1)
         return tuple(torch.zeros(tokens.mask.shape, device=hidden.device).masked_scatter(tokens.mask, each)
                      for each in (logprobs, values, entropies))

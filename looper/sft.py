@@ -1,7 +1,6 @@
 """Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -17,6 +16,7 @@ from trl import SFTTrainer as TRLTrainer
 
 from looper.distributed import rank, share, undivided, world
 from looper.live import LiveMetrics, show_progress
+from looper.lora import compute_in_base_precision
 from looper.micro_batch import fitting_passes
 from looper.packing import IGNORED, packed
 from looper.params import Sft
@@ -86,7 +86,8 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     show_progress(trainer, "sft")
     if rank():
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
-    with _sparing(trainer.model):
+    compute_in_base_precision(trainer.model)
+    with packed(trainer.model):
         if sft.micro_batch == "auto":
             passes = fitting_passes(trainer, sft.batch_size)
             arguments.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = passes
@@ -109,26 +110,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[
         if len(ids) > max_tokens:
             raise ValueError(f"{row['id']} is {len(ids)} tokens, sft.max_tokens is {max_tokens}; raise sft.max_tokens")
     return Dataset.from_dict({"input_ids": [ids for ids, _ in encoded], "completion_mask": [mask for _, mask in encoded]})
-
-
-def _sparing(model: PeftModel) -> AbstractContextManager:
-    """Within the block no mask reaches the model, and on the CPU no padding either."""
-    return packed(model) if model.device.type == "cpu" else _unmasked(model)
-
-
-@contextmanager
-def _unmasked(model: PeftModel) -> Iterator[None]:
-    # Rows are padded on the right, which causal attention never looks at: without the mask the result is the same, the
-    # fused kernels stay in use, and bfloat16 gradients stay finite.
-    hook = model.register_forward_pre_hook(_without_mask, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _without_mask(module, args, kwargs):
-    return args, {**kwargs, "attention_mask": None}
 
 
 class _OnlyFinite(TrainerCallback):

@@ -1,11 +1,13 @@
 """What fine-tuning on a processor computes without padding is what the plain way computes, gradients included."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import tiny_model
 
 from looper import packing
-from looper.packing import ATTENTION, HEAD_POSITIONS, Head, packed, row_attention
+from looper.packing import ATTENTION, HEAD_POSITIONS, Head, Rows, packed, row_attention
 
 COUNTS = [0, 1, HEAD_POSITIONS, 2 * HEAD_POSITIONS + 3]
 
@@ -35,7 +37,7 @@ def test_the_head_is_log_softmax_of_the_logits(count):
 def test_a_row_attends_to_its_own_past_alone():
     lengths = [3, 1, 5]
     query, key, value = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8, seed=1), drawn(1, 2, 9, 8, seed=2)
-    out, _ = row_attention(None, query, key, value, None, scaling=0.3, row_lengths=lengths)
+    out, _ = row_attention(None, query, key, value, None, scaling=0.3, rows=Rows(lengths, torch.tensor([0, 3, 4, 9])))
     assert out.shape == (1, 9, 4, 8)
     row = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     allowed = (row[:, None] == row) & torch.ones(9, 9).tril().bool()
@@ -85,3 +87,45 @@ def test_a_model_of_another_kind_keeps_its_way(change, monkeypatch):
     with packed(Wrapped(model)):
         assert model.config._attn_implementation == "sdpa" and model.forward == before
     assert "llama" in packing.PLAIN
+
+
+# ---- on a GPU ----
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_the_flash_kernel_gives_what_each_row_alone_gives():
+    lengths = [300, 1, 57]
+    starts = torch.tensor([0, 300, 301, 358], dtype=torch.int32, device="cuda")
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        states = [drawn(1, heads, 358, 64, seed=heads + i).to("cuda", dtype).requires_grad_()
+                  for i, heads in enumerate((4, 2, 2))]
+        out, _ = row_attention(None, *states, None, scaling=0.125, rows=Rows(lengths, starts))
+        out.backward(drawn(*out.shape, seed=9).to("cuda", dtype))
+        results.append([out.detach().float(), *(each.grad.float() for each in states)])
+    for exact, found in zip(*results):
+        assert (found - exact).norm() < 0.01 * exact.norm() and exact.norm() > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_a_pass_end_to_end_has_the_padded_pass_gradients():
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids = torch.randint(10, 300, (4, 90), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = (torch.arange(90) < torch.tensor([90, 3, 41, 77])[:, None]).long().cuda()
+    labels = ids.masked_fill(mask == 0, -100)
+    found = []
+    for block in (nullcontext, packed):
+        model = get_peft_model(tiny_model().to("cuda", torch.bfloat16), LoraConfig(target_modules="all-linear"))
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        with block(model) if block is packed else nullcontext():
+            model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False,
+                  fused_lm_head=True).log_probs.sum().backward()
+        found.append(torch.cat([each.grad.flatten().float() for each in model.parameters() if each.requires_grad]))
+    assert (found[0] - found[1]).norm() < 0.03 * found[0].norm() and found[0].norm() > 1

@@ -109,10 +109,12 @@ def test_collate_by_hand():
         return PPOSample("q/a", prompt, response, [0.0] * len(response), 0.0, None, {})
 
     tokens = collate([sample([5, 6], [7, 8, 9]), sample([4, 3, 2], [1])], torch.device("cpu"))
-    assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, 2, 1, 0]]
+    assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2, 1]]
+    assert tokens.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert tokens.rows.lengths == [5, 4] and tokens.rows.starts.tolist() == [0, 5, 9]
     assert tokens.mask.tolist() == [[True, True, True], [True, False, False]]
-    assert tokens.targets.tolist() == [[7, 8, 9], [1, 0, 0]]
-    assert tokens.sources[tokens.mask].tolist() == [1, 2, 3, 2]  # the position before each response token
+    assert tokens.targets.tolist() == [7, 8, 9, 1]
+    assert tokens.sources.tolist() == [1, 2, 3, 7]  # the place before each response token
 
 
 # ---- settings ----

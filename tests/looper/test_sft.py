@@ -136,7 +136,7 @@ def test_what_the_loss_does_not_need_is_left_out_and_not_missed(train, monkeypat
     trained = sum(label != -100 for row in lean[2].train_dataset for label in row["labels"])
     assert len(lean[3].positions) == 2 and sum(lean[3].positions) == trained, "the head saw what is trained on"
     assert model.config._attn_implementation == "sdpa", "the model is as it was when training is over"
-    monkeypatch.setattr(sft, "_sparing", lambda model: nullcontext())
+    monkeypatch.setattr(sft, "packed", lambda model: nullcontext())
     model, seen = passes_seen()
     plain = train(settings=tiny_sft(), model=model, name="plain")
     assert len(seen) == 2 and all((each["attention_mask"] == 0).any() for each in seen), "there is padding"
