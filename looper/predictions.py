@@ -23,9 +23,10 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template
             for row, each in zip(rows, completions, strict=True)]
 
 
-def dev_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict],
-                counterfactuals: Sequence[dict], settings: Eval, scratch: Path, label: str) -> dict[str, Any]:
-    """The figures of `evaluation_metrics` on `rows`, and under "counterfactual" those of `robustness`.
+def predict_dev(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict],
+                counterfactuals: Sequence[dict], settings: Eval, scratch: Path,
+                label: str) -> tuple[list[dict], dict[str, Any]]:
+    """The prediction rows of `rows`; and `evaluation_metrics` of them, with `robustness` under "counterfactual".
 
     counterfactuals: of any split; those of `rows` are asked too, by the question's id.
     """
@@ -33,6 +34,7 @@ def dev_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temp
     pairs = [row for row in rows if row["id"] in changed]
     asked_too = [changed[row["id"]] for row in pairs]
     answers = predict(model, tokenizer, template, rows + asked_too, settings, scratch, label)
-    asked = {answer["id"]: answer for answer in answers[:len(rows)]}
+    predictions = answers[:len(rows)]
+    asked = {answer["id"]: answer for answer in predictions}
     original = [asked[row["id"]] for row in pairs]
-    return {**evaluation_metrics(answers[:len(rows)]), "counterfactual": robustness(original, answers[len(rows):])}
+    return predictions, {**evaluation_metrics(predictions), "counterfactual": robustness(original, answers[len(rows):])}

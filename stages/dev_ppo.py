@@ -1,7 +1,7 @@
 """Stage dev_ppo: the last PPO policy on the questions of dev_eval: what settings are chosen by, before test is read.
 
 Reads models/base, the last round's adapter, data/dev.jsonl, data/counterfactuals.jsonl and the sections `model`,
-`eval`, `dev_eval` and `final`. Writes metrics/dev_ppo.json.
+`eval`, `dev_eval` and `final`. Writes data/predictions/dev_ppo.jsonl and metrics/dev_ppo.json.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ def main() -> None:
     from looper.adapters import load_for_generation
     from looper.base_model import load_tokenizer
     from looper.files import write_json
-    from looper.jsonl import read_first, read_jsonl
-    from looper.predictions import dev_metrics
+    from looper.jsonl import read_first, read_jsonl, write_jsonl
+    from looper.predictions import predict_dev
     from looper.prompts import ROW, TEMPLATES
     from looper.scratch import scratch
 
@@ -29,8 +29,9 @@ def main() -> None:
     model, tokenizer = load_for_generation(BASE, Path(params.final), params.model), load_tokenizer(BASE)
     with scratch("dev_ppo") as folder:
         template = TEMPLATES[params.model.template]
-        metrics = dev_metrics(model, tokenizer, template, rows, counterfactuals, params.eval, folder, "dev ppo")
+        predictions, metrics = predict_dev(model, tokenizer, template, rows, counterfactuals, params.eval, folder, "dev ppo")
         first_process_only()
+        write_jsonl(Path("data/predictions/dev_ppo.jsonl"), predictions)
         write_json(Path("metrics/dev_ppo.json"), {"ppo": metrics})
     print(f"dev accuracy of ppo: {metrics['accuracy']['value']:.1%}")
 

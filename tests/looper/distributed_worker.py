@@ -18,7 +18,7 @@ from looper.generation import Request, generate_in_chunks
 from looper.params import Eval, Rollouts
 from looper.ppo import VALUE_HEAD, train_ppo
 from looper.ppo_settings import KLSettings
-from looper.predictions import dev_metrics
+from looper.predictions import predict_dev
 from looper.prompts import TEMPLATES
 from looper.rollouts import roll_out
 from looper.sft import finetune
@@ -40,7 +40,7 @@ def work(folder: Path, device: str) -> dict[str, Any]:
         "sft killed": sft(folder / "killed", device, dropout=0.3, kill_at=3),
         "chunks": chunks(folder, device),
         "targets": targets(model, folder / "targets"),
-        "dev_metrics": dev_metrics(model, TOKENIZER, CHATML, tiny_rows(11), tiny_rows(7),
+        "predict_dev": predict_dev(model, TOKENIZER, CHATML, tiny_rows(11), tiny_rows(7),
                                    Eval(max_new_tokens=8, batch_size=1), folder / "dev", "dev"),
     }
     for credit in ("question", "arm"):

@@ -166,7 +166,7 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["chunks", "targets", "rollouts uniform", "rollouts thompson", "dev_metrics"])
+@pytest.mark.parametrize("task", ["chunks", "targets", "rollouts uniform", "rollouts thompson", "predict_dev"])
 def test_answers_are_identical(made, task):
     alone, both = made
     assert alone[task] and all(each[task] == alone[task] for each in both)

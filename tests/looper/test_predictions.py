@@ -8,7 +8,7 @@ from looper import predictions
 from looper.evaluation import PREDICTION_FIELDS
 from looper.generation import Completion
 from looper.params import Eval
-from looper.predictions import dev_metrics, predict
+from looper.predictions import predict, predict_dev
 from looper.prompts import TEMPLATES, prompt_ids
 
 SETTINGS = Eval(max_new_tokens=9, batch_size=2)
@@ -66,9 +66,11 @@ def test_dev_metrics_ask_the_questions_and_the_counterfactuals_they_have(monkeyp
         return [Completion(tokenizer.encode(text, add_special_tokens=False), [], truncated=False) for text in texts]
 
     monkeypatch.setattr(predictions, "generate_in_chunks", generate_in_chunks)
-    found = dev_metrics("model", tokenizer, TEMPLATES["chatml"], ROWS, changed, SETTINGS, tmp_path, "dev sft")
+    answers, found = predict_dev("model", tokenizer, TEMPLATES["chatml"], ROWS, changed, SETTINGS, tmp_path, "dev sft")
     assert [question in text for question, text in zip([*(row["question"] for row in ROWS), "Ann has 9."], asked,
                                                        strict=True)] == [True] * 4
+    assert [row["id"] for row in answers] == [row["id"] for row in ROWS], "as asked, not the changed ones"
+    assert [row["correct"] for row in answers] == [True, True, False]
     assert found["n"] == 3 and found["accuracy"]["value"] == round(2 / 3, 6)
     assert found["counterfactual"] | {"gap": None, "original": None, "changed": None} == {
         "n": 1, "original": None, "changed": None, "gap": None, "repeats_old_gold": 0.0}

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from looper.evaluation import evaluation_metrics, judge
-from looper.report import MODELS, about, among_formatted, caveat, divide_gain, plot_rows, summarise, table, verdict, write_report
+from looper.report import MODELS, about, caveat, plot_rows, summarise, table, verdict, write_report
 from looper.report_plots import Curve, read_curve, signless_zero, training_curves
 from looper.report_regime_w import compare_credit
 from regime_w.arms import ARMS
@@ -67,50 +67,10 @@ def test_summary_is_plain_json(summary):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "part", "sign"),
-    [
-        (("I cannot say", False), ("#### 18", False), "format", 1),
-        (("#### 17", True), ("#### 18", False), "format", 1),  # did not end
-        (("<think>it is 18", False), ("#### 18", False), "format", 1),
-        (("#### 18", False), ("#### 17", True), "format", -1),
-        (("#### 17", False), ("#### 18", False), "reasoning", 1),
-        (("18, no:\n#### 17", False), ("#### 18", False), "reasoning", 1),  # both in form: what it says counts
-        (("#### 18", False), ("#### 17", False), "reasoning", -1),
-        (("it is 17", False), ("#### 18", False), "reasoning", 1),  # 18 nowhere: no parser could read it
-        (("it is 180, or 1.8", False), ("#### 18", False), "reasoning", 1),
-        (("18 eggs in 2 nests", False), ("#### 18", False), "either", 1),
-        (("$18.00, as 9 + 9 shows", False), ("#### 18", False), "either", 1),
-        (("it is 18", False), ("18 at first\n#### 17", False), "either", -1),
-    ],
-)
-def test_a_changed_answer_belongs_to_one_part(old, new, part, sign):
-    gain = divide_gain(answers([old[0]], old[1]), answers([new[0]], new[1]))
-    assert {name: (each["difference"], each["questions"]) for name, each in gain.items()} == {
-        name: (sign, 1) if name == part else (0, 0) for name in ("format", "reasoning", "either")}
-
-
 def test_the_parts_add_up_to_the_difference(predictions, summary):
     for test in summary["paired"].values():
         assert sum(part["difference"] for part in test["gain"].values()) == pytest.approx(test["difference"], abs=3e-6)
         assert sum(part["questions"] for part in test["gain"].values()) == test["gained"] + test["lost"]
-
-
-def test_the_strict_measure_looks_at_answers_that_both_models_format():
-    """Of five questions three are in form twice, of which the old model gets one right and the new one all."""
-    old = answers(["#### 17", "#### 18", "#### 1", "18", "#### 18"])
-    new = answers(["#### 18", "#### 18", "#### 18", "#### 18", "no idea"])
-    found = among_formatted(old, new)
-    assert (found["questions"], found["difference"]) == (3, round(2 / 3, 6))  # (3 - 1) / 3
-    assert found["low"] <= found["difference"] <= found["high"] <= 1
-    assert among_formatted(answers(["18"]), answers(["#### 18"])) == {
-        "questions": 0, "difference": None, "low": None, "high": None}
-
-
-def test_a_negative_gold_is_found_with_any_minus():
-    rows = [{"id": "test-00000", "question": "?", "gold_answer": "-18"}]
-    old, new = (judge(rows[0], text, 5, False) for text in ("−18 degrees at 6 o'clock", "#### -18"))
-    assert divide_gain([old], [new])["either"]["difference"] == 1
 
 
 def test_summarise_names_what_is_missing(predictions, metrics):
@@ -249,7 +209,7 @@ def report(tmp_path_factory, predictions, summary):
 
 
 def dev_figures(accuracy: float) -> dict:
-    """What `dev_metrics` gives for a model that is right on `accuracy` of the questions and on half that when changed."""
+    """What `predict_dev` gives for a model that is right on `accuracy` of the questions and on half that when changed."""
     def interval(value: float) -> dict:
         return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
