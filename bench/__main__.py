@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.measure import Gate, Measured, Stage, measure
 from looper.base_model import MANIFEST
-from looper.stage import OFFLINE, PRIVATE
+from looper.stage import OFFLINE, PRIVATE, TORCH
 
 if TYPE_CHECKING:
     from bench.workload import Setup
@@ -29,7 +29,7 @@ ROWS = {"cuda": {"sft": 256, "rollouts": 1024, "ppo": 64, "eval": 1319, "score":
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    os.environ.update(PRIVATE | OFFLINE)
+    os.environ.update(PRIVATE | OFFLINE | TORCH)
     try:
         setup = prepare(options) if options.stage != ["score"] else None
     except ValueError as error:

@@ -7,6 +7,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from looper.determinism import deterministic
 from looper.distributed import rank
 from looper.files import replacing
 from looper.live import show_progress
@@ -31,7 +32,8 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
     trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
     show_progress(trainer, "ppo")
-    trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
+    with deterministic():
+        trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     if rank() == 0:
         with replacing(value_head_path) as temporary:
             save_file(trainer.model.value_head.state_dict(), temporary)

@@ -18,8 +18,8 @@ class PolicyWithValue(nn.Module):
     The head's weights are zero at first; the trainer sets its bias to the mean reward.
 
     LoRA weights and the value head are float32, whatever the base is: an update of 1e-6 would be lost in bfloat16. Both
-    compute in the base's type (NF4 in bfloat16: see looper.lora). Log-probabilities are computed in float32 from the hidden states. Dropout
-    is off throughout, or the ratio would compare two different random functions.
+    compute in the base's type (NF4 in bfloat16: see looper.lora). Log-probabilities are computed in float32 from the
+    hidden states. Dropout is off throughout, or the ratio would compare two different random functions.
     Raises ValueError if the adapter is not trainable, or the head of the language model is not a plain frozen one.
     """
 
@@ -34,8 +34,8 @@ class PolicyWithValue(nn.Module):
             parameter.data = parameter.data.float()
         language_model = policy.get_base_model()
         if not is_plain(language_model):
-            raise ValueError(f"ppo: no model of type {language_model.config.model_type} (or none with a sliding window); the "
-                             f"base must be one of {', '.join(PLAIN)}")
+            raise ValueError(f"ppo: the base is of type {language_model.config.model_type}, or has a sliding window; it "
+                             f"must be one of {', '.join(PLAIN)} with full attention")
         language_model.set_attn_implementation(ATTENTION)
         head = language_model.get_output_embeddings()
         if isinstance(head, BaseTunerLayer) or head.weight.requires_grad or not head.weight.is_floating_point():

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
+from looper.determinism import deterministic
 from looper.distributed import rank, share, undivided, world
 from looper.live import LiveMetrics, show_progress
 from looper.lora import compute_in_base_precision
@@ -87,7 +88,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     if rank():
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
     compute_in_base_precision(trainer.model)
-    with packed(trainer.model):
+    with packed(trainer.model), deterministic():
         if sft.micro_batch == "auto":
             passes = fitting_passes(trainer, sft.batch_size)
             arguments.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = passes

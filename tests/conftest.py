@@ -1,9 +1,13 @@
 """What several test modules share: the tiny base model, made once a session."""
 
 import gc
+import os
 
 import pytest
 
+from looper.stage import TORCH
+
+os.environ.update(TORCH)  # as every stage does
 gc.disable()  # importing PyTorch makes a million objects, and no garbage
 
 

@@ -118,7 +118,8 @@ def together(folder: Path, device: str) -> list[dict]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+              "OMP_NUM_THREADS": "1",
+              "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.looper.distributed_worker", str(folder), device]
     processes = [subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
