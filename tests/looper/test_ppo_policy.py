@@ -69,6 +69,15 @@ def test_a_frozen_adapter_and_a_trained_head_are_refused():
         PolicyWithValue(make_model(target_modules=["q_proj", "lm_head"]), False)
 
 
+@pytest.mark.parametrize("change", [{"model_type": "gemma2"}, {"use_sliding_window": True}])
+def test_a_model_whose_rows_cannot_be_laid_end_to_end_is_refused(change):
+    model = make_model()
+    for name, value in change.items():
+        setattr(model.get_base_model().config, name, value)
+    with pytest.raises(ValueError, match="has a sliding window; it must be one of llama, qwen2 with full attention"):
+        PolicyWithValue(model, False)
+
+
 # ---- on a GPU ----
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
