@@ -26,6 +26,8 @@ WARM_UP = {"cuda": 2, "cpu": 0}  # updates at the start of every pass that are n
 B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and all of them would take minutes
 # Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows adds in another order.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
+# In a deep model that order alone may exceed it: the gradients may differ by so many times what TRL's own two ways do.
+OF_PLAIN = 1.5
 
 Train = Callable[[list[dict]], None]
 
@@ -46,7 +48,7 @@ def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
         return Side(names[key], lambda: run(setup, trainers[key], data), [own if key == "looper" else plain])
 
     return Stage("sft", [side(key) for key in ("looper", *against)],
-                 lambda: gates(setup, trainers["looper"], trainers["b1"]) if against else [],
+                 lambda: gates(setup, *trainers.values()) if against else [],
                  limit(setup, make_rows(setup, rows)))
 
 
@@ -173,15 +175,16 @@ class FirstUpdate(TrainerCallback):
             self.loss = logs["loss"]
 
 
-def gates(setup: Setup, own: Train, accumulated: Train) -> list[Gate]:
-    """One update of 8 rows on both sides; the adapter is as new, so that only lora_B has a gradient."""
+def gates(setup: Setup, own: Train, accumulated: Train, batched: Train) -> list[Gate]:
+    """One update of 8 rows on each side; the adapter is as new, so that only lora_B has a gradient."""
     seen = []
-    for train in (own, accumulated):
+    for train in (own, accumulated, batched):
         with watching(FirstUpdate()) as update:
             train(make_rows(setup, BATCH))
         seen.append(update)
-    found, expected = seen
+    found, expected, other = seen
     loss, gradient = TOLERANCE[setup.dtype]
+    between_plain = relative_error(other.gradients, expected.gradients)
     return [Gate("loss against 1 x 8, relative", abs(found.loss - expected.loss) / abs(expected.loss), loss),
-            Gate("gradients against 1 x 8, relative norm", relative_error(found.gradients, expected.gradients),
-                 gradient)]
+            Gate(f"gradients against 1 x 8, relative norm (TRL 8 x 1: {between_plain:.2e})",
+                 relative_error(found.gradients, expected.gradients), max(gradient, OF_PLAIN * between_plain))]
