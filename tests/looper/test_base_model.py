@@ -294,6 +294,7 @@ def test_the_loaded_model_is_the_saved_one(base, tokenizer):
     assert load_tokenizer(base).encode("<|im_start|>Ann</think>") == tokenizer.encode("<|im_start|>Ann</think>")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 def test_on_a_processor_freed_memory_is_kept_for_the_next_update(base):
     """64 MiB that are freed and asked for again, ten times: given back to the system, each of their 16,384 pages would be

@@ -162,6 +162,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
 # ---- a run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("credit", ["question", "arm"])
 def test_rewarded_responses_become_likelier_and_punished_ones_rarer(tmp_path, credit):
     samples = []
@@ -216,6 +217,7 @@ def test_the_controller_moves_beta_with_the_kl(tmp_path):
     assert metrics["last_kl"] == recorder.batches[-1]["kl"]
 
 
+@pytest.mark.slow
 def test_a_strong_penalty_holds_the_policy_nearer_to_the_reference(tmp_path):
     kls = []
     for initial in (0.0, 5.0):

@@ -269,6 +269,7 @@ def test_report_shows_the_comparison(text):
         assert expected in shown
 
 
+@pytest.mark.slow
 def test_report_is_the_same_bytes_again_and_knows_no_date(tmp_path, report, text):
     assert write(tmp_path, report) == text
     assert not re.search(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}", text)

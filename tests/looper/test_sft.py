@@ -151,6 +151,7 @@ def test_what_the_loss_does_not_need_is_left_out_and_not_missed(train, monkeypat
 
 # ---- training ----
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_end_is_learnt(train, tokenizer):
     rows = tiny_rows(8)
     settings = tiny_sft(lora={"r": 16, "alpha": 32}, epochs=10, learning_rate=3e-2, batch_size=4, micro_batch=4)
@@ -165,6 +166,7 @@ def test_the_loss_falls_and_the_end_is_learnt(train, tokenizer):
     assert end == ids[-1] == tokenizer.eos_token_id, "after the answer the model stops"
 
 
+@pytest.mark.slow
 def test_what_saves_memory_gives_the_same_update(train):
     rows = tiny_rows(16)
     weights, metrics, _, watch = train(rows, tiny_sft(learning_rate=1e-3), name="expected")
