@@ -19,8 +19,8 @@ apply = cache(profile.apply)
 with pytest.MonkeyPatch.context() as patch:  # the sample profile's params, whichever is in force here
     patch.chdir(ROOT)
     SAMPLE = apply("sample", Path("params.yaml").read_text(encoding="utf-8"))
-OVERLAY = "rounds_3"  # goes on top of any of the others
-NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml") if path.stem != OVERLAY)
+OVERLAYS = {"rounds_1": ["1"], "rounds_3": ["1", "2", "3"]}  # they go on top of any of the others
+NAMES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml") if path.stem not in OVERLAYS)
 
 
 @pytest.fixture(autouse=True)
@@ -83,12 +83,14 @@ def test_platinum_undoes_changes_by_hand():
     assert apply("platinum", by_hand) == apply("platinum", SAMPLE)
 
 
+@pytest.mark.parametrize(("overlaid", "rounds"), OVERLAYS.items())
 @pytest.mark.parametrize("name", NAMES)
-def test_three_rounds_go_on_top_of_any_profile_and_change_nothing_else(name):
-    below, above = (parse(text) for text in (apply(name, SAMPLE), apply(OVERLAY, apply(name, SAMPLE))))
-    assert list(above["rounds"]) == ["1", "2", "3"] and above["final"] == "models/ppo_regime_w_3"
+def test_rounds_go_on_top_of_any_profile_and_change_nothing_else(name, overlaid, rounds):
+    below, above = (parse(text) for text in (apply(name, SAMPLE), apply(overlaid, apply(name, SAMPLE))))
+    last = above["rounds"][rounds[-1]]["suffix"]
+    assert list(above["rounds"]) == rounds and above["final"] == f"models/ppo_regime_w{last}"
     assert {key for key in below if below[key] != above[key]} <= {"rounds", "final"}
-    assert apply("sample", apply(OVERLAY, apply(name, SAMPLE))) == SAMPLE
+    assert apply("sample", apply(overlaid, apply(name, SAMPLE))) == SAMPLE
 
 
 # The original design's values
@@ -155,7 +157,7 @@ def test_diff_writes_nothing(folder, run):
 
 
 @pytest.mark.parametrize(("break_it", "message"), [
-    (lambda folder: None, "no profile 'gold'; there are: platinum, platinum_arm, reference, rounds_3, sample"),
+    (lambda folder: None, "no profile 'gold'; there are: platinum, platinum_arm, reference, rounds_1, rounds_3, sample"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  learning_rate: 2e-4\n"), "2.0e-04"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("sft:\n  rate: 1\n"), "sft.rate: unknown key"),
     (lambda folder: (folder / "profiles/gold.yaml").write_text("stf:\n  r: 1\n"), "params.yaml has no section stf"),
