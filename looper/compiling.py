@@ -18,6 +18,11 @@ from torch import nn
 OPTIONS = {"emulate_precision_casts": True}
 
 
+def compiles_on(device: torch.device) -> bool:
+    """Whether what computes there is compiled."""
+    return device.type == "cuda"
+
+
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled when it is first called: one program for all sizes that its tensors take."""
@@ -49,7 +54,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _compiles(layer: nn.Module) -> bool:
-    return all(weight.is_cuda and weight.is_floating_point() for weight in layer.parameters())
+    return all(compiles_on(weight.device) and weight.is_floating_point() for weight in layer.parameters())
 
 
 @cache

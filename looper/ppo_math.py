@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from looper.compiling import compiled
+from looper import compiling
 
 EPSILON = 1e-8  # keeps whitening finite where a batch has no variance
 
@@ -42,7 +42,8 @@ def _chunk_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
     else:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits = F.linear(hidden.to(dtype), weight.to(dtype))
-    return compiled(_one_pass_log_softmax)(logits, targets) if logits.is_cuda else _log_softmax(logits, targets)
+    of_logits = compiling.compiled(_one_pass_log_softmax) if compiling.compiles_on(logits.device) else _log_softmax
+    return of_logits(logits, targets)
 
 
 def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from looper import ppo_math
+from looper import compiling, ppo_math
 from looper.distributed import agreed, rank, share, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
@@ -114,9 +114,9 @@ class OfflinePPOTrainer(Trainer):
             if rows := list(share(rows)):
                 tokens = collate([self.samples[indices[row]] for row in rows], self.args.device)
                 width = tokens.mask.shape[1]
-                # Compiled, the layers are one program with gradients and another without, whose last bits may differ.
-                # The first ratio is exactly 1 by the one that trains.
-                with torch.set_grad_enabled(tokens.mask.is_cuda):
+                # Compiled, it is one program with gradients and another without, whose last bits may differ: the one that
+                # trains makes the first ratio exactly 1
+                with torch.set_grad_enabled(compiling.compiles_on(self.args.device)):
                     logprobs[rows, :width], values[rows, :width], _ = map(Tensor.detach, self.model(tokens))
         total(logprobs), total(values)  # each row stands in one process, and is 0 in the others
         for rows in mini_batches(range(len(indices)), self.settings):

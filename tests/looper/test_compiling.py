@@ -1,0 +1,143 @@
+"""Compiled layers compute what plain ones do, are compiled once for all layers and lengths, and leave resuming exact."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tests.looper.compile_helpers import compiles, opaque_attention  # noqa: F401, fixtures
+from tests.looper.ppo_helpers import (QUICK, KillAt, Killed, Recorder, assert_same_bits, make_samples, run, trainable,
+                                      with_lora)
+from tiny import tiny_model, tiny_rows, tiny_sft
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from looper import compiling, ppo_math
+from looper.compiling import compiled, compiled_layers
+from looper.determinism import deterministic
+from looper.ppo_data import collate
+from looper.ppo_policy import PolicyWithValue
+from looper.prompts import TEMPLATES
+from looper.sft import finetune
+
+KINDS = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen2": (Qwen2ForCausalLM, Qwen2Config)}
+BATCHES = [[0, 1, 2, 3], [4, 5], [6], list(range(20)), [7, 8, 9]]  # several numbers of rows, and of tokens
+
+
+def make_policy(kind, dtype, checkpointing=False, device="cpu", **config):
+    torch.manual_seed(0)
+    model, settings = KINDS[kind]
+    config = {"vocab_size": 23, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "num_key_value_heads": 2} | config
+    return PolicyWithValue(with_lora(model(settings(**config)).to(device, dtype), 0.1), checkpointing).train()
+
+
+def passes(policy, samples, batches, device="cpu"):
+    """Log-probabilities and gradients of each batch."""
+    found = []
+    for batch in batches:
+        policy.zero_grad()
+        logprobs, values, _ = policy(collate([samples[i] for i in batch], torch.device(device)))
+        (logprobs.sum() + values.sum()).backward()
+        gradients = [each.grad.flatten() for each in policy.parameters() if each.grad is not None]
+        found.append((logprobs.detach(), torch.cat(gradients)))
+    return found
+
+
+def far(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, dtype, checkpointing, limit", [
+    ("llama", torch.float32, False, 1e-5), ("qwen2", torch.bfloat16, True, 0.03)])
+def test_all_layers_and_lengths_share_two_programs_that_compute_what_plain_layers_do(
+        compiles, kind, dtype, checkpointing, limit):
+    policy, samples = make_policy(kind, dtype, checkpointing), make_samples(20)
+    with deterministic():
+        expected = passes(policy, samples, BATCHES)
+        plain = [type(each) for each in policy.modules()]
+        with compiled_layers(policy):
+            found = passes(policy, samples, BATCHES)
+    assert 2 <= compiles() <= 4  # one or two of the layers, as the first one's input needs no gradient; the logits' own
+    assert [type(each) for each in policy.modules()] == plain
+    for (logprobs, gradients), (expected_logprobs, expected_gradients) in zip(found, expected, strict=True):
+        assert far(logprobs, expected_logprobs) < limit and far(gradients, expected_gradients) < limit
+        assert expected_gradients.norm() > 1
+
+
+def test_a_processor_compiles_nothing_and_does_not_load_the_compiler():
+    policy = make_policy("llama", torch.float32)
+    kinds = [type(each) for each in policy.modules()]
+    with compiled_layers(policy):
+        assert [type(each) for each in policy.modules()] == kinds
+    code = ("import sys, torch, looper.sft, looper.ppo, looper.compiling as compiling\n"
+            "with compiling.compiled_layers(torch.nn.Linear(2, 2)): pass\n"
+            "assert 'torch._dynamo.eval_frame' not in sys.modules or 'torch._inductor.compile_fx' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_log_softmax_in_one_pass_is_log_softmax(compiles):
+    logits, targets = torch.randn(9, 501), torch.randint(501, (9,))
+    results = []
+    for function in (ppo_math._log_softmax, compiled(ppo_math._one_pass_log_softmax)):
+        leaf = logits.clone().requires_grad_()
+        logprobs, entropies = function(leaf, targets)
+        assert logprobs.requires_grad and not entropies.requires_grad
+        logprobs.backward(torch.linspace(-1, 1, 9))
+        results.append((logprobs.detach(), entropies, leaf.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert compiles() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bits(
+        compiles, tokenizer, tmp_path, monkeypatch, checkpointing):
+    import transformers
+
+    settings = tiny_sft(lora={"dropout": 0.3}, save_steps=2, batch_size=4, micro_batch=2, epochs=2,
+                        gradient_checkpointing=checkpointing)
+
+    def train(folder):
+        model, _ = finetune(tiny_model(), tokenizer, TEMPLATES["chatml"], tiny_rows(), settings, folder / "scratch",
+                            folder / "live")
+        return trainable(model)
+
+    unbroken = train(tmp_path / "a")
+    callbacks = transformers.trainer.DEFAULT_CALLBACKS
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks, KillAt(5)])
+    with pytest.raises(Killed):
+        train(tmp_path / "b")
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
+    torch.rand(7)  # the generator's state comes from the checkpoint alone
+    assert_same_bits(train(tmp_path / "b"), unbroken)
+    assert 1 <= compiles() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, checkpointing", [(torch.float32, False), (torch.bfloat16, True)])
+def test_compiled_ppo_starts_at_ratio_one_and_resumes_to_the_same_bits(
+        compiles, tmp_path, monkeypatch, dtype, checkpointing):
+    from dataclasses import replace
+
+    plain, ratios, recorder = ppo_math.policy_loss, [], Recorder()
+
+    def spy(logprobs, old_logprobs, *rest):
+        ratios.append((logprobs - old_logprobs).detach().exp())
+        return plain(logprobs, old_logprobs, *rest)
+
+    def model():
+        return make_policy("llama", dtype).policy
+
+    monkeypatch.setattr(ppo_math, "policy_loss", spy)
+    settings = replace(QUICK, save_steps=1, gradient_checkpointing=checkpointing)
+    unbroken, _ = run(tmp_path / "a", settings, model=model(), callbacks=[recorder])
+    assert (ratios[0] == 1).all() and (ratios[1] != 1).any() and (ratios[4] == 1).all()
+    assert recorder.batches[0]["kl"] == 0.0 and recorder.batches[1]["kl"] > 0
+    with pytest.raises(Killed):
+        run(tmp_path / "b", settings, model=model(), callbacks=[KillAt(5)])
+    assert_same_bits(run(tmp_path / "b", settings, model=model())[0], unbroken)
+    assert 2 <= compiles() <= 4  # two of the layers; the logits', and again for a single position
