@@ -7,10 +7,10 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from looper.compiling import compiled_layers
 from looper.determinism import deterministic
 from looper.distributed import rank
 from looper.files import replacing
+from looper.layers import compiled_layers
 from looper.live import show_progress
 from looper.nf4 import unpack_if_room
 from looper.ppo_data import PPOSample, earns_alike, samples_from_rows

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
-from looper.compiling import compiled_layers
 from looper.determinism import deterministic
 from looper.distributed import rank, share, undivided, world
+from looper.layers import compiled_layers
 from looper.live import LiveMetrics, show_progress
 from looper.lora import compute_in_base_precision
 from looper.micro_batch import fitting_passes

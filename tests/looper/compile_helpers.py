@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from looper import compiling, packing
+from looper import compiling, layers, packing
 
 
 def _probabilities(query, key, starts, scale):
@@ -55,12 +55,13 @@ def opaque_attention(monkeypatch):
 
 
 @pytest.fixture
-def compiles(monkeypatch, opaque_attention):
+def compiled_here(monkeypatch, opaque_attention):
     """A processor compiles too; yields a function → how many programs were made since."""
     torch._dynamo.reset()
-    compiling._compiled_kind.cache_clear(), compiling.compiled.cache_clear()
+    layers._compiled.cache_clear(), compiling.compiled.cache_clear()
     counters.clear()
     monkeypatch.setattr(compiling, "compiles_on", lambda device: True)
+    monkeypatch.setattr(layers, "compiles", lambda layer: True)  # in float32 too
     yield lambda: counters["stats"]["unique_graphs"]
     assert not counters["graph_break"], counters["graph_break"]
     torch._dynamo.reset()

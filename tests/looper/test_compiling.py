@@ -8,16 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tests.looper.compile_helpers import compiles, opaque_attention  # noqa: F401, fixtures
-from tests.looper.ppo_helpers import (QUICK, KillAt, Killed, Recorder, assert_same_bits, make_samples, run, trainable,
-                                      with_lora)
+from tests.looper.compile_helpers import compiled_here, opaque_attention  # noqa: F401, fixtures
+from tests.looper.ppo_helpers import (QUICK, KillAt, Killed, Recorder, assert_same_bits, make_nf4_model, make_samples,
+                                      run, trainable, with_lora)
 from tiny import tiny_model, tiny_rows, tiny_sft
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from looper import compiling, ppo_math
-from looper.compiling import compiled, compiled_layers
+from looper.compiling import compiled
 from looper.determinism import deterministic
+from looper.layers import compiled_layers, compiles
+from looper.nf4 import unpack
 from looper.ppo import PPOSample
 from looper.ppo_data import COMPONENTS, collate
 from looper.ppo_policy import PolicyWithValue
@@ -56,18 +58,34 @@ def far(found, expected):
 @pytest.mark.parametrize("kind, dtype, checkpointing, limit", [
     ("llama", torch.float32, False, 1e-5), ("qwen2", torch.bfloat16, True, 0.03)])
 def test_all_layers_and_lengths_share_two_programs_that_compute_what_plain_layers_do(
-        compiles, kind, dtype, checkpointing, limit):
+        compiled_here, kind, dtype, checkpointing, limit):
     policy, samples = make_policy(kind, dtype, checkpointing), make_samples(20)
     with deterministic():
         expected = passes(policy, samples, BATCHES)
         plain = [type(each) for each in policy.modules()]
         with compiled_layers(policy):
             found = passes(policy, samples, BATCHES)
-    assert 2 <= compiles() <= 4  # one or two of the layers, as the first one's input needs no gradient; the logits' own
+    assert 2 <= compiled_here() <= 4  # one or two of the layers, as the first one's input needs no gradient; the logits' own
     assert [type(each) for each in policy.modules()] == plain
     for (logprobs, gradients), (expected_logprobs, expected_gradients) in zip(found, expected, strict=True):
         assert far(logprobs, expected_logprobs) < limit and far(gradients, expected_gradients) < limit
         assert expected_gradients.norm() > 1
+
+
+def test_layers_in_halves_with_their_rows_end_to_end_compile_on_a_gpu_alone(monkeypatch, tmp_path):
+    def found(model):
+        return compiles(model.get_base_model().model.layers[0])
+
+    half = make_policy("qwen2", torch.bfloat16).policy
+    assert not found(half)
+    monkeypatch.setattr(compiling, "compiles_on", lambda device: True)
+    assert found(half) and not found(make_policy("qwen2", torch.float32).policy)
+    nf4 = PolicyWithValue(make_nf4_model(tmp_path), False).policy
+    assert not found(nf4)
+    unpack(nf4)
+    assert found(nf4)
+    half.get_base_model().set_attn_implementation("sdpa")
+    assert not found(half)
 
 
 def test_a_processor_compiles_nothing_and_does_not_load_the_compiler():
@@ -75,14 +93,14 @@ def test_a_processor_compiles_nothing_and_does_not_load_the_compiler():
     kinds = [type(each) for each in policy.modules()]
     with compiled_layers(policy):
         assert [type(each) for each in policy.modules()] == kinds
-    code = ("import sys, torch, looper.sft, looper.ppo, looper.compiling as compiling\n"
-            "with compiling.compiled_layers(torch.nn.Linear(2, 2)): pass\n"
+    code = ("import sys, torch, looper.sft, looper.ppo\n"
+            "with looper.ppo.compiled_layers(torch.nn.Linear(2, 2)): pass\n"
             "assert 'torch._inductor.compile_fx' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
-def test_log_softmax_in_one_pass_is_log_softmax(compiles):
+def test_log_softmax_in_one_pass_is_log_softmax(compiled_here):
     logits, targets = torch.randn(9, 501), torch.randint(501, (9,))
     results = []
     for function in (ppo_math._log_softmax, compiled(ppo_math._one_pass_log_softmax)):
@@ -93,13 +111,13 @@ def test_log_softmax_in_one_pass_is_log_softmax(compiles):
         results.append((logprobs.detach(), entropies, leaf.grad))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert compiles() == 1
+    assert compiled_here() == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bits(
-        compiles, tokenizer, tmp_path, monkeypatch, checkpointing):
+        compiled_here, tokenizer, tmp_path, monkeypatch, checkpointing):
     settings = tiny_sft(lora={"dropout": 0.3}, save_steps=2, batch_size=4, micro_batch=2, epochs=2,
                         gradient_checkpointing=checkpointing)
 
@@ -116,13 +134,13 @@ def test_compiled_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bit
     monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
     torch.rand(7)  # the generator's state comes from the checkpoint alone
     assert_same_bits(train(tmp_path / "b"), unbroken)
-    assert 1 <= compiles() <= 2
+    assert 1 <= compiled_here() <= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, checkpointing", [(torch.float32, False), (torch.bfloat16, True)])
 def test_compiled_ppo_starts_at_ratio_one_and_resumes_to_the_same_bits(
-        compiles, tmp_path, monkeypatch, dtype, checkpointing):
+        compiled_here, tmp_path, monkeypatch, dtype, checkpointing):
     plain, ratios, recorder = ppo_math.policy_loss, [], Recorder()
 
     def spy(logprobs, old_logprobs, *rest):
@@ -140,7 +158,7 @@ def test_compiled_ppo_starts_at_ratio_one_and_resumes_to_the_same_bits(
     with pytest.raises(Killed):
         run(tmp_path / "b", settings, model=model(), callbacks=[KillAt(5)])
     assert_same_bits(run(tmp_path / "b", settings, model=model())[0], unbroken)
-    assert 2 <= compiles() <= 4  # two of the layers; the logits', and again for a single position
+    assert 2 <= compiled_here() <= 4  # two of the layers; the logits', and again for a single position
 
 
 # ---- on a GPU ----
