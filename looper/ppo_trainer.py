@@ -165,21 +165,23 @@ class OfflinePPOTrainer(Trainer):
             self.batch = self._start_batch(step)
         if self.stopped_early:  # nothing has a gradient, so the Trainer's optimiser step does nothing
             return torch.zeros((), device=self.args.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if step.last:
-            self.kl.update(self._sums["kl"][-1], len(step.batch))
-            seconds = time.perf_counter() - self._batch_started
-            self._add(tokens_per_second=self._trained_tokens(step) / seconds)
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: PolicyWithValue) -> Tensor:
         norm = super()._clip_grad_norm(model)
         if not self.stopped_early:
-            step, value = self.plan[self.state.global_step], norm.item()
-            if not isfinite(value):
-                raise self._non_finite("gradient", [step.batch[row] for row in step.rows])
-            self._add(grad_norm=value)
+            self._gradients_made(self.plan[self.state.global_step], norm.item())
         return norm
+
+    def _gradients_made(self, step: Step, norm: float) -> None:
+        """After the gradients of a mini-batch, before the optimiser takes them: the device has done all of it by now."""
+        if not isfinite(norm):
+            raise self._non_finite("gradient", [step.batch[row] for row in step.rows])
+        self._add(grad_norm=norm)
+        if step.last:
+            self.kl.update(self._sums["kl"][-1], len(step.batch))
+            seconds = time.perf_counter() - self._batch_started
+            self._add(tokens_per_second=self._trained_tokens(step) / seconds)
 
     def compute_loss(self, model: PolicyWithValue, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Tensor:
