@@ -23,17 +23,19 @@ PLAIN = ("llama", "qwen2")
 
 
 class Rows(NamedTuple):
-    """Where the rows of a pass stand, laid end to end: how many tokens each has, and where each starts and the last ends."""
+    """Where the rows of a pass stand, laid end to end."""
 
-    lengths: list[int]
-    starts: Tensor  # [rows + 1], int32, on the model's device
+    lengths: list[int]  # how many tokens each has
+    starts: Tensor  # [rows + 1], int32, on the model's device: where each starts, and the last ends
+    longest: int  # beside the lengths: a compiled layer reads it, and would be compiled anew for each other list
 
 
 def end_to_end(real: Tensor) -> tuple[Rows, Tensor]:
     """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens])."""
     counts = real.sum(1)
     positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real][None]
-    return Rows(counts.tolist(), F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))), positions
+    lengths = counts.tolist()
+    return Rows(lengths, F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), max(lengths)), positions
 
 
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
@@ -49,15 +51,20 @@ def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Te
         out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling,
                                              enable_gqa=groups > 1)
         return out.transpose(1, 2), None
-    if query.is_cuda and query.dtype != torch.float32:  # the flash kernel, for halves alone
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        states = (each[0].transpose(0, 1) for each in (query, key, value))
-        longest = max(rows.lengths)
-        return varlen_attn(*states, rows.starts, rows.starts, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+    if _has_flash_kernel(query):
+        # Contiguous, as is then all that the kernel returns: the compiler counts on it
+        query, key, value = (each[0].transpose(0, 1).repeat_interleave(count, 1)
+                             for each, count in ((query, 1), (key, groups), (value, groups)))
+        return varlen_attn(query, key, value, rows.starts, rows.starts, rows.longest, rows.longest, scale=scaling,
+                           window_size=(-1, 0))[None], None
     parts = zip(*(states.split(rows.lengths, 2) for states in (query, key, value)))
     out = [F.scaled_dot_product_attention(*part, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1)
            for part in parts]
     return torch.cat([each.transpose(1, 2) for each in out], 1), None
+
+
+def _has_flash_kernel(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype != torch.float32  # it takes halves alone
 
 
 # No mask function is registered under this name: transformers makes no mask.

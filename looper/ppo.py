@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 from looper.determinism import deterministic
 from looper.distributed import rank
 from looper.files import replacing
+from looper.layers import compiled_layers
 from looper.live import show_progress
+from looper.nf4 import unpack_if_room
 from looper.ppo_data import PPOSample, earns_alike, samples_from_rows
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
@@ -30,9 +32,10 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
     Raises NonFiniteError (a ValueError) if a loss or gradient is not finite, ValueError for a model it cannot train.
     """
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
-    trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
-    show_progress(trainer, "ppo")
-    with deterministic():
+    unpack_if_room(model)
+    with deterministic(), compiled_layers(policy):
+        trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
+        show_progress(trainer, "ppo")
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     if rank() == 0:
         with replacing(value_head_path) as temporary:

@@ -141,7 +141,7 @@ def collate(samples: Sequence[PPOSample], device: torch.device) -> Tokens:
         return torch.tensor([*chain.from_iterable(rows)], dtype=dtype).to(device)
 
     return Tokens(flat((*s.prompt_ids, *s.response_ids) for s in samples)[None], flat(map(range, lengths))[None],
-                  Rows(lengths, flat([ends], torch.int32)), flat(sources), flat(s.response_ids for s in samples),
+                  Rows(lengths, flat([ends], torch.int32), max(lengths)), flat(sources), flat(s.response_ids for s in samples),
                   mask.to(device))
 
 

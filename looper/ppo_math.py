@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from looper import compiling
+
 EPSILON = 1e-8  # keeps whitening finite where a batch has no variance
 
 
@@ -40,12 +42,28 @@ def _chunk_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
     else:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits = F.linear(hidden.to(dtype), weight.to(dtype))
+    of_logits = compiling.compiled(_one_pass_log_softmax) if compiling.compiles_on(logits.device) else _log_softmax
+    return of_logits(logits, targets)
+
+
+def _log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [N, V] and targets [N]: log-probabilities [N] (differentiable) and entropies [N] (not)."""
     log_total = logits.logsumexp(-1)
     logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - log_total
+    return logprobs, _entropy(logits, log_total)
+
+
+def _one_pass_log_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where a compiler joins elementwise steps: the gradient is made in one pass, without a gather to undo."""
+    log_total = logits.logsumexp(-1)
+    chosen = torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]
+    return logits.where(chosen, 0).sum(-1) - log_total, _entropy(logits, log_total)
+
+
+def _entropy(logits: Tensor, log_total: Tensor) -> Tensor:
     with torch.no_grad():
         all_logprobs = logits - log_total[:, None]
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
-    return logprobs, entropy
+        return -(all_logprobs.exp() * all_logprobs).sum(-1)
 
 
 def selective_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> tuple[Tensor, Tensor]:

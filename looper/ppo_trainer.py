@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from looper import ppo_math
+from looper import compiling, ppo_math
 from looper.distributed import agreed, rank, share, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
@@ -56,7 +56,8 @@ class OfflinePPOTrainer(Trainer):
         device = model.value_head.weight.device
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"), per_device_train_batch_size=1, num_train_epochs=1,
-            learning_rate=settings.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, optim="adamw_torch",
+            learning_rate=settings.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
+            optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
             max_grad_norm=settings.max_grad_norm, train_sampling_strategy="sequential", logging_strategy="no",
             save_strategy="no", save_total_limit=1, logging_nan_inf_filter=False, remove_unused_columns=False,
             report_to="none", seed=settings.seed, use_cpu=device.type == "cpu", dataloader_pin_memory=False,
@@ -77,7 +78,6 @@ class OfflinePPOTrainer(Trainer):
             # that into blame for the first ones, and the policy unlearns its own answers. The mean reward is the honest
             # first guess.
             torch.nn.init.constant_(model.value_head.bias, sum(sample.reward for sample in samples) / len(samples))
-        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.reference = self._reference_logprobs()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -114,7 +114,10 @@ class OfflinePPOTrainer(Trainer):
             if rows := list(share(rows)):
                 tokens = collate([self.samples[indices[row]] for row in rows], self.args.device)
                 width = tokens.mask.shape[1]
-                logprobs[rows, :width], values[rows, :width], _ = self.model(tokens)
+                # Compiled, it is one program with gradients and another without, whose last bits may differ: the one that
+                # trains makes the first ratio exactly 1
+                with torch.set_grad_enabled(compiling.compiles_on(self.args.device)):
+                    logprobs[rows, :width], values[rows, :width], _ = map(Tensor.detach, self.model(tokens))
         total(logprobs), total(values)  # each row stands in one process, and is 0 in the others
         for rows in mini_batches(range(len(indices)), self.settings):
             if not logprobs[list(rows)].isfinite().all():
@@ -162,17 +165,23 @@ class OfflinePPOTrainer(Trainer):
             self.batch = self._start_batch(step)
         if self.stopped_early:  # nothing has a gradient, so the Trainer's optimiser step does nothing
             return torch.zeros((), device=self.args.device)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not norm.isfinite():
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: PolicyWithValue) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        if not self.stopped_early:
+            self._gradients_made(self.plan[self.state.global_step], norm.item())
+        return norm
+
+    def _gradients_made(self, step: Step, norm: float) -> None:
+        """After the gradients of a mini-batch, before the optimiser takes them: the device has done all of it by now."""
+        if not isfinite(norm):
             raise self._non_finite("gradient", [step.batch[row] for row in step.rows])
-        self._add(grad_norm=norm.item())
+        self._add(grad_norm=norm)
         if step.last:
             self.kl.update(self._sums["kl"][-1], len(step.batch))
             seconds = time.perf_counter() - self._batch_started
             self._add(tokens_per_second=self._trained_tokens(step) / seconds)
-        return loss
 
     def compute_loss(self, model: PolicyWithValue, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Tensor:
@@ -193,7 +202,8 @@ class OfflinePPOTrainer(Trainer):
             value = ppo_math.value_loss(values, batch.old_values, batch.returns, batch.mask, settings.value_clip)
             loss = loss + settings.value_coef * value.loss
             means |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-        parts = [weight * mean.item() for mean in [*means.values(), loss]]
+        # All at once: a GPU waits for each number that is asked of it
+        parts = [weight * mean for mean in torch.stack([*means.values(), loss]).tolist()]
         whole = total(torch.tensor(parts, dtype=torch.float64)).tolist()
         if not isfinite(whole.pop()):
             raise self._non_finite("loss", [step.batch[row] for row in step.rows])

@@ -16,9 +16,11 @@ from trl import SFTTrainer as TRLTrainer
 
 from looper.determinism import deterministic
 from looper.distributed import rank, share, undivided, world
+from looper.layers import compiled_layers
 from looper.live import LiveMetrics, show_progress
 from looper.lora import compute_in_base_precision
 from looper.micro_batch import fitting_passes
+from looper.nf4 import unpack_if_room
 from looper.packing import IGNORED, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
@@ -88,7 +90,8 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
     if rank():
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
     compute_in_base_precision(trainer.model)
-    with packed(trainer.model), deterministic():
+    unpack_if_room(trainer.model)
+    with packed(trainer.model), deterministic(), compiled_layers(trainer.model):
         if sft.micro_batch == "auto":
             passes = fitting_passes(trainer, sft.batch_size)
             arguments.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = passes

@@ -37,7 +37,8 @@ def test_the_head_is_log_softmax_of_the_logits(count):
 def test_a_row_attends_to_its_own_past_alone():
     lengths = [3, 1, 5]
     query, key, value = drawn(1, 4, 9, 8), drawn(1, 2, 9, 8, seed=1), drawn(1, 2, 9, 8, seed=2)
-    out, _ = row_attention(None, query, key, value, None, scaling=0.3, rows=Rows(lengths, torch.tensor([0, 3, 4, 9])))
+    rows = Rows(lengths, torch.tensor([0, 3, 4, 9]), 5)
+    out, _ = row_attention(None, query, key, value, None, scaling=0.3, rows=rows)
     assert out.shape == (1, 9, 4, 8)
     row = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     allowed = (row[:, None] == row) & torch.ones(9, 9).tril().bool()
@@ -100,7 +101,7 @@ def test_gpu_the_flash_kernel_gives_what_each_row_alone_gives():
     for dtype in (torch.float32, torch.bfloat16):
         states = [drawn(1, heads, 358, 64, seed=heads + i).to("cuda", dtype).requires_grad_()
                   for i, heads in enumerate((4, 2, 2))]
-        out, _ = row_attention(None, *states, None, scaling=0.125, rows=Rows(lengths, starts))
+        out, _ = row_attention(None, *states, None, scaling=0.125, rows=Rows(lengths, starts, 300))
         out.backward(drawn(*out.shape, seed=9).to("cuda", dtype))
         results.append([out.detach().float(), *(each.grad.float() for each in states)])
     for exact, found in zip(*results):
