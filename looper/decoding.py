@@ -7,7 +7,8 @@ sampled in one place only.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from looper.compiling import compiled_by_rows, compiles_on
+from looper.pieces import compiled_pieces
+
 ATTENTION = "looper_slots"
 LENGTH_MULTIPLE = 64  # attention reads the cache up to a multiple of this: few graphs, aligned masks
 PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill pass: bounds its activations
-VOCABULARY_BLOCK = 256  # the sampler first draws a block of this many tokens, then a token in it
+VOCABULARY_BLOCK = 256  # the sampler first draws a block of at most so many tokens, then a token in it
 
 
 class Ragged(NamedTuple):
@@ -93,7 +97,7 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
     model.set_attn_implementation(ATTENTION)
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), compiled_pieces(model) if compiles_on(model.device) else nullcontext():
             yield
     finally:
         model.set_attn_implementation(attention)
@@ -177,18 +181,20 @@ def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     gives tokens of probability near 0 a share of 1e-7, enough to be drawn some times in a million.
     """
     rows, vocabulary = probabilities.shape
-    if padding := -vocabulary % VOCABULARY_BLOCK:
-        probabilities = F.pad(probabilities, (0, padding))
-    blocks = probabilities.view(rows, -1, VOCABULARY_BLOCK)
+    size = gcd(vocabulary, VOCABULARY_BLOCK)  # blocks without a remainder, lest the padding copies everything
+    if size < VOCABULARY_BLOCK // 4:
+        size = VOCABULARY_BLOCK
+        probabilities = F.pad(probabilities, (0, -vocabulary % size))
+    blocks = probabilities.view(rows, -1, size)
     mass = blocks.sum(-1).double()
     cumulative = mass.cumsum(-1)
     target = uniforms * cumulative[:, -1]
     block = _first_above(cumulative, target)
     chosen_mass = mass.gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, VOCABULARY_BLOCK))[:, 0].double().cumsum(-1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].double().cumsum(-1)
     rest = (target[:, None] - cumulative.gather(1, block) + chosen_mass) / chosen_mass  # position in the block, [0, 1)
     token = _first_above(inside, rest[:, 0] * inside[:, -1])
-    return (block * VOCABULARY_BLOCK + token)[:, 0]
+    return (block * size + token)[:, 0]
 
 
 def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -200,12 +206,14 @@ def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 def choose(
     logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens [rows] and their log-probabilities [rows] from float32 logits [rows, vocabulary].
+    """Next tokens [rows] and their float32 log-probabilities [rows] from logits [rows, vocabulary] of any dtype.
 
     temperatures [rows], 0 for greedy; uniforms None where all rows are greedy. The log-probability is that of
-    softmax(logits / temperature), at temperature 1 for greedy rows.
+    softmax(logits / temperature), at temperature 1 for greedy rows. Compiled, it passes over the logits for their
+    largest, for the sum, and for the blocks' sums, and writes nothing of their size.
     """
     tokens = logits.argmax(-1)
+    logits = logits.float()  # no copy where compiled
     if uniforms is None:
         return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     greedy = temperatures == 0
@@ -218,8 +226,8 @@ class Decoder:
     """Slots of running rows and the tables that their tokens go to; all of a step's state stays on the device.
 
     rows: the most rows a `start` may announce; max_new_tokens: the most new tokens a row may get. Use it inside
-    `decoding_mode(model)`. On CUDA each (batch, length) pair's first step runs eagerly, its second is captured as a
-    CUDA graph, later ones replay it.
+    `decoding_mode(model)`. On CUDA each (batch, length) pair's first step runs eagerly, which compiles what is not yet
+    compiled for it, its second is captured as a CUDA graph, later ones replay it.
     """
 
     def __init__(
@@ -233,6 +241,7 @@ class Decoder:
         eos_token_ids: Collection[int],
     ):
         self.model, self.device = model, model.device
+        self.choose = compiled_by_rows(choose, exact_division=False) if compiles_on(self.device) else choose
         self.slots = slots
         self.cache = SlotCache(slots, -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         self.eos = self._tensor(sorted(eos_token_ids))
@@ -364,9 +373,9 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
             **self._attention(position, length),
-        ).logits[:, -1].float()
+        ).logits[:, -1]
         uniforms = self.uniforms[row, count] if self.sampling else None
-        token, logprob = choose(logits, self.temperature[:batch], uniforms)
+        token, logprob = self.choose(logits, self.temperature[:batch], uniforms)
         # A finished row writes on just past its end, where nobody reads.
         self.tokens[row, count] = token
         self.logprobs[row, count] = logprob

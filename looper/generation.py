@@ -227,11 +227,12 @@ def _beginning(requests: Sequence[Request]) -> Sequence[int]:
 
 
 def _batch(running: int, slots: int, halving: bool) -> int:
-    """Rows in a step. On CUDA only the slots' halvings, since each size needs CUDA graphs of its own."""
+    """Rows in a step. On CUDA only the slots' halvings, since each size needs CUDA graphs of its own, down to two: a
+    single row would need code of its own as well."""
     if not halving:
         return running
     batch = slots
-    while (batch + 1) // 2 >= running and batch > 1:
+    while (batch + 1) // 2 >= max(running, 2):
         batch = (batch + 1) // 2
     return batch
 

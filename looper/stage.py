@@ -12,8 +12,9 @@ from pathlib import Path
 # Nothing leaves the host: no telemetry of any library, no experiment pushed anywhere.
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "DVC_STUDIO_OFFLINE": "true"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-# Read when PyTorch is imported. cuBLAS gives equal runs equal bits only with a workspace of its own. And nothing here is
-# compiled: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has an adapter.
+# Read when PyTorch is imported. cuBLAS gives equal runs equal bits only with a workspace of its own. And only what
+# looper.compiling compiles is: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has
+# an adapter.
 TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1"}
 
 # Of several processes the one that knows best what is wrong shall say it, and its end then ends the others: these wait

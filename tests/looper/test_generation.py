@@ -121,6 +121,25 @@ def test_choose_reports_the_logprob_of_the_scaled_distribution():
     torch.testing.assert_close(logprobs, torch.stack([greedy, sampled]), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [768, 37 * 128, 1000])  # divided by 256, by 128 as Qwen's 151,936, by neither
+def test_choose_is_argmax_and_softmax_written_out(vocabulary, dtype):
+    generator = torch.Generator().manual_seed(6)
+    logits = (torch.randn(200, vocabulary, generator=generator) * 4).to(dtype)
+    temperatures = torch.tensor([0.0, 0.7, 1.0, 1.5]).repeat(50)
+    uniforms = torch.rand(200, dtype=torch.float64, generator=generator)
+    probabilities = torch.softmax(logits.float() / temperatures.masked_fill(temperatures == 0, 1.0)[:, None], -1)
+    cumulative = probabilities.double().cumsum(-1)
+    drawn = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1)
+    expected = torch.where(temperatures == 0, logits.argmax(-1), drawn)
+    tokens, logprobs = choose(logits, temperatures, uniforms)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(logprobs, probabilities.gather(1, expected[:, None])[:, 0].log())
+    greedy, greedy_logprobs = choose(logits, temperatures, None)
+    assert torch.equal(greedy, logits.argmax(-1)) and greedy_logprobs.dtype == torch.float32
+    assert torch.allclose(greedy_logprobs, torch.log_softmax(logits.float(), -1).amax(-1), rtol=0, atol=5e-6)
+
+
 def test_the_seed_alone_determines_the_samples(llama):
     prompts, temperatures = make_prompts(), [1.0] * 9
     torch.manual_seed(10)
