@@ -18,11 +18,16 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Within the block the decoder layers of `model` are compiled where `compiles` says so: one program for all of them."""
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and compiles(layer)]
     kinds = [type(layer) for layer in layers]
+    # What comes into the first layer has a gradient, as what comes into the others: that layer needs no program of its own
+    embeddings = [module for module in model.modules() if layers and isinstance(module, nn.Embedding)]
+    hooks = [each.register_forward_hook(lambda module, given, made: made.requires_grad_()) for each in embeddings]
     for layer, kind in zip(layers, kinds, strict=True):
         layer.__class__ = _compiled(kind)
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer, kind in zip(layers, kinds, strict=True):
             layer.__class__ = kind
 

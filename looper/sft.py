@@ -1,10 +1,12 @@
 """Supervised fine-tuning: a LoRA adapter on the base by TRL's SFTTrainer, resumed where a kill left it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -91,13 +93,21 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
         torch.manual_seed(sft.seed + rank())  # other rows, other dropout
     compute_in_base_precision(trainer.model)
     unpack_if_room(trainer.model)
-    with packed(trainer.model), deterministic(), compiled_layers(trainer.model):
+    with packed(trainer.model), deterministic(), compiled_layers(trainer.model), _one_wait_an_update(on_gpu):
         if sft.micro_batch == "auto":
             passes = fitting_passes(trainer, sft.batch_size)
             arguments.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = passes
             arguments.per_device_train_batch_size = trainer._train_batch_size = sft.batch_size // passes
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))
     return trainer.model, _metrics(trainer, dataset)
+
+
+@contextmanager
+def _one_wait_an_update(on_gpu: bool) -> Iterator[None]:
+    """Within the block bitsandbytes does not wait for the GPU after each of hundreds of weights. What is logged of every
+    update waits for it once, before a checkpoint reads the optimiser's paged state."""
+    with patch("bitsandbytes.optim.optimizer.sync_gpu", lambda weight: None) if on_gpu else nullcontext():
+        yield
 
 
 def passes_an_update(sft: Sft, processes: int) -> int:
