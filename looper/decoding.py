@@ -241,6 +241,7 @@ class Decoder:
         eos_token_ids: Collection[int],
     ):
         self.model, self.device = model, model.device
+        self.compiled: set[bool] = set()  # whether for sampling, for greedy rows alone
         self.choose = compiled_by_rows(choose, exact_division=False) if compiles_on(self.device) else choose
         self.slots = slots
         self.cache = SlotCache(slots, -(-max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
@@ -285,6 +286,17 @@ class Decoder:
                 past_key_values=self.beginning,
                 use_cache=True,
             )
+        if compiles_on(self.device) and sampling not in self.compiled:
+            self.compiled.add(sampling)
+            self._compile()
+
+    def _compile(self) -> None:
+        """Compiles on sizes that depend on no prompt: the first ones decide in which order a sum is taken, and of several
+        processes each would meet others."""
+        tokens = [0] * min(LENGTH_MULTIPLE + 1, self.cache.max_length)
+        self._prefill([(tokens, slot) for slot in range(min(2, self.slots))])
+        logits = torch.zeros(self.slots, self.model.config.vocab_size, dtype=self.model.dtype, device=self.device)
+        self.choose(logits, self.temperature, self.uniforms[self.row, self.count] if self.sampling else None)
 
     def admit(
         self,

@@ -5,6 +5,7 @@ On a processor the language model's head is ours too: it makes no logits twice. 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "looper_rows"
 IGNORED = -100  # the label of a position that is not learned
+# On a GPU a pass has a multiple of so many tokens: for each new size of a matrix product cuBLAS first looks for a kernel,
+# and few sizes come again and again. A row of nothing but filling makes it up.
+PASS_TOKENS = 128
 HEAD_POSITIONS = 128  # whose logits exist at once: 25 MB at 49,152 tokens, which the cache of a processor holds
 # Models with full attention whose logits are hidden states times the head's weights, and nothing else.
 PLAIN = ("llama", "qwen2")
@@ -31,11 +35,23 @@ class Rows(NamedTuple):
 
 
 def end_to_end(real: Tensor) -> tuple[Rows, Tensor]:
-    """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens])."""
-    counts = real.sum(1)
-    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real][None]
-    lengths = counts.tolist()
-    return Rows(lengths, F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)), max(lengths)), positions
+    """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens]), both
+    with a last row of `filling`, if there is any."""
+    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real]
+    lengths = real.sum(1).tolist()
+    if extra := filling(len(positions), real.device):
+        lengths.append(extra)
+        positions = torch.cat([positions, torch.arange(extra, device=real.device)])
+    return rows_of(lengths, real.device), positions[None]
+
+
+def rows_of(lengths: list[int], device: torch.device) -> Rows:
+    return Rows(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
+
+
+def filling(tokens: int, device: torch.device) -> int:
+    """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing."""
+    return PASS_TOKENS - tokens % PASS_TOKENS if device.type == "cuda" else 0
 
 
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
@@ -106,8 +122,10 @@ def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Te
     rows, positions = end_to_end(real)
     first = torch.zeros_like(real)
     first[:, 0] = True  # nothing of its row precedes it: the row before must not be trained to say it
-    return forward(input_ids=input_ids[real][None], position_ids=positions, rows=rows,
-                   labels=labels.masked_fill(first, IGNORED)[real][None], **inputs)
+    ids, following = input_ids[real], labels.masked_fill(first, IGNORED)[real]
+    extra = positions.shape[1] - len(ids)
+    return forward(input_ids=F.pad(ids, (0, extra))[None], position_ids=positions, rows=rows,
+                   labels=F.pad(following, (0, extra), value=IGNORED)[None], **inputs)
 
 
 def _scores(causal: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,

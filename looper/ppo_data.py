@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from looper.packing import Rows
+from looper.packing import Rows, filling, rows_of
 from looper.ppo_settings import PPOSettings
 
 COMPONENTS = ("s_end", "s_path", "s_cf", "s_wm")
@@ -119,7 +119,7 @@ def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 class Tokens(NamedTuple):
-    """B samples end to end, without padding: L tokens of prompts and responses, N of responses."""
+    """B samples end to end: L tokens of prompts, responses and, on a GPU, some filling behind them, N of responses."""
 
     input_ids: Tensor  # [1, L]
     positions: Tensor  # [1, L]: each token's place in its sample
@@ -133,16 +133,17 @@ def collate(samples: Sequence[PPOSample], device: torch.device) -> Tokens:
     prompts, responses = ([len(ids) for ids in each] for each in zip(*((s.prompt_ids, s.response_ids) for s in samples)))
     lengths = [prompt + response for prompt, response in zip(prompts, responses)]
     ends = list(accumulate(lengths, initial=0))
+    fill = [extra] if (extra := filling(ends[-1], device)) else []  # a last row that predicts nothing
     # A response token is predicted from the token before it
     sources = [range(end - response - 1, end - 1) for end, response in zip(ends[1:], responses)]
     mask = torch.arange(max(responses)) < torch.tensor(responses)[:, None]
 
-    def flat(rows: Iterable[Iterable[int]], dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.tensor([*chain.from_iterable(rows)], dtype=dtype).to(device)
+    def flat(rows: Iterable[Iterable[int]]) -> Tensor:
+        return torch.tensor([*chain.from_iterable(rows)]).to(device)
 
-    return Tokens(flat((*s.prompt_ids, *s.response_ids) for s in samples)[None], flat(map(range, lengths))[None],
-                  Rows(lengths, flat([ends], torch.int32), max(lengths)), flat(sources), flat(s.response_ids for s in samples),
-                  mask.to(device))
+    ids = [(*s.prompt_ids, *s.response_ids) for s in samples]
+    return Tokens(flat([*ids, *([0] * extra for extra in fill)])[None], flat(map(range, lengths + fill))[None],
+                  rows_of(lengths + fill, device), flat(sources), flat(s.response_ids for s in samples), mask.to(device))
 
 
 def padded(rows: Sequence[Sequence[float] | Tensor], dtype: torch.dtype) -> Tensor:

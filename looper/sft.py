@@ -32,6 +32,9 @@ from looper.scratch import last_checkpoint
 class SFTTrainer(TRLTrainer):
     """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the Trainer would look through all modules at every pass to count them, and nobody reads it
+
     def get_train_dataloader(self) -> DataLoader:
         if world() > 1:
             self.data_collator = partial(_collate_share, self.data_collator)
