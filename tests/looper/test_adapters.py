@@ -93,7 +93,8 @@ def test_a_saved_adapter_is_loaded_trainable_in_float32(model, base, adapter):
 def test_merged_logits_are_the_unmerged_ones(model, base, adapter):
     merged = load_for_generation(base, adapter, CPU)
     assert not merged.training and not [name for name, _ in merged.named_parameters() if "lora" in name]
-    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
+    # Of the 0.1 and more that the adapter changes; two orders of float32 sums differ by 1.03e-5 on some processors
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=5e-5)
     plain = load_for_generation(base, None, CPU)
     assert (logits(merged) - logits(plain)).abs().max() > 0.1, "the adapter does something"
     torch.testing.assert_close(logits(plain), logits(load_base(base, CPU)), rtol=0, atol=0)
