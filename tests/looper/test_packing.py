@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from looper import packing
+from looper import packing, ppo_data
 from looper.packing import ATTENTION, HEAD_POSITIONS, Head, Rows, packed, row_attention
+from looper.ppo_policy import PolicyWithValue
+from tests.looper.ppo_helpers import make_model, make_samples
 
 COUNTS = [0, 1, HEAD_POSITIONS, 2 * HEAD_POSITIONS + 3]
 
@@ -130,3 +132,33 @@ def test_gpu_a_pass_end_to_end_has_the_padded_pass_gradients():
                   fused_lm_head=True).log_probs.sum().backward()
         found.append(torch.cat([each.grad.flatten().float() for each in model.parameters() if each.requires_grad]))
     assert (found[0] - found[1]).norm() < 0.03 * found[0].norm() and found[0].norm() > 1
+
+
+@pytest.fixture
+def filled(monkeypatch):
+    """A processor fills its passes up too, as a GPU does."""
+    for module in (packing, ppo_data):
+        monkeypatch.setattr(module, "filling", lambda tokens, device: packing.PASS_TOKENS - tokens % packing.PASS_TOKENS)
+
+
+def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(filled):
+    ids, real = torch.arange(12).view(3, 4) + 7, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    given = packing._unpadded(lambda **inputs: inputs, ids, real, ids.masked_fill(real == 0, -100))
+    assert given["input_ids"].tolist() == [[7, 8, 9, 10, 11, 12, 15, 16, 17] + [0] * 119]
+    assert given["labels"].tolist() == [[-100, 8, 9, 10, -100, 12, -100, 16, 17] + [-100] * 119]
+    assert given["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, *range(119)]]
+    assert given["rows"].lengths == [4, 2, 3, 119] and given["rows"].starts.tolist() == [0, 4, 6, 9, 128]
+    assert given["rows"].longest == 119
+
+
+def test_filling_changes_no_log_probability_of_ppo(filled, request):
+    policy, samples = PolicyWithValue(make_model(), gradient_checkpointing=False), make_samples(5)
+    tokens = ppo_data.collate(samples, torch.device("cpu"))
+    assert tokens.input_ids.shape == tokens.positions.shape and tokens.input_ids.shape[1] % packing.PASS_TOKENS == 0
+    with torch.no_grad():
+        found = policy(tokens)
+        request.getfixturevalue("monkeypatch").undo()
+        plain = ppo_data.collate(samples, torch.device("cpu"))
+        assert plain.input_ids.shape[1] < tokens.input_ids.shape[1]
+        for one, other in zip(found, policy(plain), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
