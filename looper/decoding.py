@@ -1,93 +1,23 @@
-"""Decoding of many rows at once: a key-value cache of slots, a step that CUDA graphs can replay, and the sampler.
+"""Decoding of many rows at once: slots that take rows, and a step that CUDA graphs can replay.
 
-A slot is one row of the running batch. Its tokens lie at cache positions 0, 1, 2, ... whatever the other slots hold, so
-there is no left-padding, and a slot whose row has finished takes the next prompt while its neighbours go on.
+A slot whose row has finished takes the next prompt while its neighbours go on.
 A prompt is prefilled up to its last token; that token is the first step's input, so that logits are computed and
 sampled in one place only.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from math import gcd
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import PreTrainedModel
 
 from looper.compiling import compiled_by_rows, compiles_on
 from looper.pieces import compiled_pieces
+from looper.sampler import choose
+from looper.slots import ATTENTION, Beginning, PrefillCache, Ragged, SlotCache
 
-ATTENTION = "looper_slots"
 LENGTH_MULTIPLE = 64  # attention reads the cache up to a multiple of this: few graphs, aligned masks
 PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill pass: bounds its activations
-VOCABULARY_BLOCK = 256  # the sampler first draws a block of at most so many tokens, then a token in it
-
-
-class Ragged(NamedTuple):
-    """How many keys each row may use, for the flash kernel: int32 tensors on the device."""
-
-    used: torch.Tensor  # [rows]
-    query_starts: torch.Tensor  # [rows + 1]: 0, 1, 2, ...
-    key_starts: torch.Tensor  # [rows + 1]: where each slot begins in the cache's storage, in tokens
-
-
-def slot_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    ragged: Ragged | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Attention as transformers' AttentionInterface calls it: causal in a prefill pass, one query a row in a step.
-
-    query [rows, heads, queries, dim], key and value [rows, key-value heads, keys, dim]. A step has a mask, or `ragged`
-    where the flash kernel serves, which reads no key beyond a row's own. Keys and values are never repeated for the
-    query heads that share them: without the kernel those heads are folded into the query axis.
-    """
-    window = kwargs.get("sliding_window")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or (window or key.shape[2]) < key.shape[2]:
-        raise ValueError(
-            f"{type(module).__name__}: soft-capped, sink and sliding-window attention (window {window}) are not "
-            f"supported by looper.decoding at {key.shape[2]} tokens; use a base model with full attention"
-        )
-    rows, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    if ragged is not None:
-        # PyTorch's public varlen_attn takes no seqused_k before 2.12; the operator below it does.
-        out = torch.ops.aten._flash_attention_forward(
-            query[:, :, 0],
-            key.transpose(1, 2).flatten(0, 1),  # the storage as it lies
-            value.transpose(1, 2).flatten(0, 1),
-            ragged.query_starts,
-            ragged.key_starts,
-            1,
-            key.shape[2],
-            dropout_p=0.0,
-            is_causal=False,
-            return_debug_mask=False,
-            scale=scaling,
-            seqused_k=ragged.used,
-        )[0]
-        return out[:, None], None
-    if attention_mask is None:
-        grouped, causal = heads != key.shape[1], queries == keys
-        # After a shared beginning the queries are the last of the keys' positions.
-        mask = None if causal else torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
-    else:
-        folded = query.reshape(rows, key.shape[1], -1, dim)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-        out = out.reshape(rows, heads, queries, -1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-# No mask function is registered under this name: transformers then passes masks on as they are.
-AttentionInterface.register(ATTENTION, slot_attention)
 
 
 @contextmanager
@@ -102,124 +32,6 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         model.set_attn_implementation(attention)
         model.train(training)
-
-
-class SlotCache(Cache):
-    """Keys and values of all slots: per layer [slots, max_length, key-value heads, dim].
-
-    A step sets `at` before it runs. Storage is zeroed once: a masked key then weighs exactly 0, and 0 times what stands
-    there, zeros or an earlier row's states, is 0.
-    """
-
-    def __init__(self, slots: int, max_length: int):
-        super().__init__(layers=[])
-        self.slots, self.max_length = slots, max_length
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        self.at: tuple[torch.Tensor, torch.Tensor, int]  # slot indices [rows], positions [rows], keys to attend to
-
-    def storage(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer == len(self.keys):  # the first pass shows the shapes
-            for store, states in ((self.keys, key), (self.values, value)):
-                store.append(states.new_zeros(self.slots, self.max_length, states.shape[1], states.shape[3]))
-        return self.keys[layer], self.values[layer]
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Writes one new position a row and returns the first rows' cache up to the length in `at`."""
-        keys, values = self.storage(layer_idx, key, value)
-        slots, positions, length = self.at
-        keys[slots, positions] = key[:, :, 0]
-        values[slots, positions] = value[:, :, 0]
-        return keys[: len(slots), :length].transpose(1, 2), values[: len(slots), :length].transpose(1, 2)
-
-    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Copies the first `length` positions of slots to other slots, as if all at the same time."""
-        for store in (*self.keys, *self.values):
-            store[targets, :length] = store[sources, :length]
-
-
-class Beginning(Cache):
-    """Keys and values of the tokens that all prompts begin with: per layer [1, key-value heads, tokens, dim]."""
-
-    def __init__(self, tokens: int):
-        super().__init__(layers=[])
-        self.tokens = tokens
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
-        self.keys.append(key)
-        self.values.append(value)
-        return key, value
-
-
-class PrefillCache(Cache):
-    """Stores a prefill pass's keys and values in the given slots, after those of the beginning that the pass leaves out.
-
-    Attention sees the beginning and the pass.
-    """
-
-    def __init__(self, cache: SlotCache, slots: torch.Tensor, beginning: Beginning):
-        super().__init__(layers=[])
-        self.cache, self.slots, self.beginning = cache, slots, beginning
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if self.beginning.tokens:
-            before = (self.beginning.keys[layer_idx], self.beginning.values[layer_idx])
-            key, value = (torch.cat((first.expand(len(states), -1, -1, -1), states), 2)
-                          for first, states in zip(before, (key, value)))
-        keys, values = self.cache.storage(layer_idx, key, value)
-        keys[self.slots, : key.shape[2]] = key.transpose(1, 2)
-        values[self.slots, : key.shape[2]] = value.transpose(1, 2)
-        return key, value
-
-
-def draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF samples [rows] from probabilities [rows, vocabulary] (float32) and uniforms [rows] (float64, [0, 1)).
-
-    Two levels, a block and then a token in it, cumulated in float64: in one float32 sum over the vocabulary, rounding
-    gives tokens of probability near 0 a share of 1e-7, enough to be drawn some times in a million.
-    """
-    rows, vocabulary = probabilities.shape
-    size = gcd(vocabulary, VOCABULARY_BLOCK)  # blocks without a remainder, lest the padding copies everything
-    if size < VOCABULARY_BLOCK // 4:
-        size = VOCABULARY_BLOCK
-        probabilities = F.pad(probabilities, (0, -vocabulary % size))
-    blocks = probabilities.view(rows, -1, size)
-    mass = blocks.sum(-1).double()
-    cumulative = mass.cumsum(-1)
-    target = uniforms * cumulative[:, -1]
-    block = _first_above(cumulative, target)
-    chosen_mass = mass.gather(1, block)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].double().cumsum(-1)
-    rest = (target[:, None] - cumulative.gather(1, block) + chosen_mass) / chosen_mass  # position in the block, [0, 1)
-    token = _first_above(inside, rest[:, 0] * inside[:, -1])
-    return (block * size + token)[:, 0]
-
-
-def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First index [rows, 1] whose cumulative sum exceeds the target: never one of weight 0, not even where rounding
-    left the target just below 0."""
-    return (cumulative <= target[:, None].clamp(min=0)).sum(-1, keepdim=True)
-
-
-def choose(
-    logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens [rows] and their float32 log-probabilities [rows] from logits [rows, vocabulary] of any dtype.
-
-    temperatures [rows], 0 for greedy; uniforms None where all rows are greedy. The log-probability is that of
-    softmax(logits / temperature), at temperature 1 for greedy rows. Compiled, it passes over the logits for their
-    largest, for the sum, and for the blocks' sums, and writes nothing of their size.
-    """
-    tokens = logits.argmax(-1)
-    logits = logits.float()  # no copy where compiled
-    if uniforms is None:
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    greedy = temperatures == 0
-    probabilities = torch.softmax(logits / temperatures.masked_fill(greedy, 1.0)[:, None], -1)
-    tokens = torch.where(greedy, tokens, draw(probabilities, uniforms))
-    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
 
 
 class Decoder:

@@ -7,9 +7,9 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from looper import decoding
 from looper.compiling import compiled_by_rows
-from looper.decoding import choose
 from looper.generation import generate
 from looper.pieces import compiled_pieces
+from looper.sampler import choose
 from tests.looper.generation_helpers import EOS, make_prompts, reference_greedy, settings, tiny_model
 
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
