@@ -154,7 +154,7 @@ def start(policy: PeftModel, critic: PeftModel | None, head: nn.Linear, batch: S
     with torch.no_grad():
         logprobs, values = forward(policy, critic, head, batch)
     scores = torch.tensor([sample.reward for sample in batch], device=policy.device)
-    penalty = ppo_math.kl_estimate(logprobs, reference, settings.kl.estimator)
+    penalty = ppo_math.kl_estimate(logprobs, reference, "k1")
     rewards = ppo_math.token_rewards(penalty, scores, mask, beta)
     advantages, returns = ppo_math.gae(rewards, values, mask, settings.gamma, settings.lam)
     return mask, logprobs, values, ppo_math.whiten(advantages, mask), returns

@@ -1,7 +1,7 @@
 """Generation for rollouts and evaluation: one engine, every row with its own temperature, log-probabilities included.
 
 All rows share one running batch (`looper.decoding`): a finished row's slot takes the next prompt, and the batch
-shrinks when none is left. Give it a model whose adapter is merged, so that the sampled policy is the trained one.
+shrinks when none is left. Give it a model whose adapter is merged.
 """
 
 import json

@@ -53,6 +53,7 @@ def summary(trainer: OfflinePPOTrainer) -> dict[str, float | int | bool]:
     means = {name: sum(entry[name] for entry in batches) / len(batches)
              for name in (batches[0] if batches else ()) if name not in skipped}
     last = next((entry for entry in reversed(trainer.state.log_history) if "kl" in entry), {})
-    return {"samples": len(trainer.samples), "batches": len(batches), "updates": trainer.state.global_step,
+    updates = trainer.state.global_step - trainer.stopped_early  # the step at which it stopped had no gradient
+    return {"samples": len(trainer.samples), "batches": len(batches), "updates": updates,
             "stopped_early": trainer.stopped_early, "last_kl": last.get("kl", 0.0), "last_beta": trainer.kl.beta,
             **means}

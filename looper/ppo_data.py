@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from looper.jsonl import check_row
 from looper.packing import Rows, filling, rows_of
 from looper.ppo_settings import PPOSettings
 
 COMPONENTS = ("s_end", "s_path", "s_cf", "s_wm")
+# What a row of data/regime_w_rollouts.jsonl must have, and each of its arm_outputs.
+ROW = {"id": str, "question": str, "reward": float, "arm_outputs": list, **dict.fromkeys(COMPONENTS, float)}
+ARM = {"name": str, "token_ids": list, "logprobs": list, "reward": float, "advantage": float}
 SAME_REWARD = 1e-9  # two arms' rewards nearer than this are the same: rounding, not signal
 
 
@@ -38,10 +42,13 @@ def samples_from_rows(rows: Iterable[Mapping[str, Any]], prompt_ids_of: Callable
     prompt_ids_of: a question's text → token ids of the neutral tutoring prompt.
     `question`: one arm a row, drawn with the seed and the row's id, with the row's reward. `arm`: every arm with its
     own reward and advantage, except on questions where all arms earn the same (`earns_alike`).
-    Raises ValueError, naming question and arm, for a response that cannot be trained on, or if no sample is left.
+    Raises ValueError, naming question and arm, for a response that cannot be trained on or lacks a field, or if no sample
+    is left.
     """
     samples = []
     for row in rows:
+        for i, arm in enumerate(row["arm_outputs"]):
+            check_row(arm, ARM, f"scored rollouts, {row['id']}, arm_outputs[{i}]")
         prompt_ids = prompt_ids_of(row["question"])
         if settings.credit == "question":
             arm = random.Random(f"{settings.seed}/{row['id']}").choice(row["arm_outputs"])

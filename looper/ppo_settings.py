@@ -23,14 +23,12 @@ class KLSettings:
     initial: the first β, the penalty's weight.
     target: the KL that the controller steers to, and that `stop_multiple` multiplies.
     horizon: samples over which β can change by e: β ← β·(1 + e·n/horizon), n samples a batch, |e| ≤ 0.2; null holds β.
-    estimator: of the penalty in the reward, k1 = log π_old − log π_ref, or k3.
     stop_multiple: training stops when the KL exceeds this multiple of the target; null never stops.
     """
 
     initial: float = 0.05
     target: float = 0.1
     horizon: float | None = 50.0
-    estimator: Literal["k1", "k3"] = "k1"
     stop_multiple: float | None = None
 
     __pydantic_config__ = _PYDANTIC
@@ -41,7 +39,6 @@ class KLSettings:
             (self.target > 0, f"kl.target must be positive (nats a sequence), found {self.target}"),
             (self.horizon is None or self.horizon > 0,
              f"kl.horizon must be positive (samples), or null for a fixed beta, found {self.horizon}"),
-            (self.estimator in ("k1", "k3"), f"kl.estimator must be k1 or k3, found {self.estimator!r}"),
             (self.stop_multiple is None or self.stop_multiple > 1,
              f"kl.stop_multiple must be above 1 (or null: never stop), found {self.stop_multiple}"))
 

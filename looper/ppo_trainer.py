@@ -134,7 +134,8 @@ class OfflinePPOTrainer(Trainer):
         old_logprobs, old_values = self._evaluate_batch(step.batch)
         reference = padded([self.reference[i] for i in step.batch], torch.float32).to(device)
         behaviour = padded([sample.behaviour_logprobs for sample in samples], torch.float32).to(device)
-        penalty = ppo_math.kl_estimate(old_logprobs, reference, settings.kl.estimator)
+        # k1 is signed: as a reward it draws π back whichever way it moved. k3 would push down what is already unlearnt
+        penalty = ppo_math.kl_estimate(old_logprobs, reference, "k1")
         if settings.credit == "question":
             scores = torch.tensor([sample.reward for sample in samples], device=device)
             rewards = ppo_math.token_rewards(penalty, scores, mask, self.kl.beta)

@@ -23,14 +23,16 @@ SCRATCH = Path(".scratch")
 
 
 @contextmanager
-def scratch(stage: str) -> Iterator[Path]:
+def scratch(stage: str, *given: Path) -> Iterator[Path]:
     """The scratch folder of `stage` (a name in dvc.yaml, such as "sft" or "eval@ppo").
+
+    given: inputs that the command line names: dvc.yaml may name others.
 
     It is kept when the block ends with an error and removed when the stage is done. The same inputs give the same
     folder; folders of this stage for other inputs are removed at the start: nobody will go on with them. Several
     processes share one folder, whatever their number was before a kill.
     """
-    folder = SCRATCH / f"{stage}-{inputs_hash(stage)}"
+    folder = SCRATCH / f"{stage}-{inputs_hash(stage, *given)}"
     if rank() == 0:
         for other in SCRATCH.glob(f"{stage}-*"):
             if other != folder:
@@ -58,15 +60,16 @@ def last_checkpoint(scratch: Path) -> str | None:
     return last
 
 
-def inputs_hash(stage: str) -> str:
-    """A short hash over what dvc.yaml names as the stage's inputs: its dependencies' bytes and its keys of params.yaml.
+def inputs_hash(stage: str, *given: Path) -> str:
+    """A short hash over what dvc.yaml names as the stage's inputs, its dependencies' bytes and its keys of params.yaml,
+    and over what is `given` besides.
 
     A model folder counts by its manifest or card, which holds the hashes of the weights.
     """
     values = parse(PARAMS.read_bytes())
     entry = resolved_stages(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8")), values)[stage]
     total = hashlib.sha256(stage.encode())
-    for dep in map(Path, entry["deps"]):
+    for dep in map(Path, [*entry["deps"], *given]):
         total.update(f"{dep} {sha256(_identity(dep))}\n".encode())
     for key in entry["params"]:
         total.update(f"{key} {lookup(values, key)!r}\n".encode())

@@ -32,7 +32,7 @@ def main(name: str, adapter: str) -> None:
     rows = read_jsonl(Path("data/test.jsonl"), ROW)
     model = load_for_generation(BASE, None if name == "base" else Path(adapter), params.model)
     tokenizer = load_tokenizer(BASE)
-    with scratch(f"eval@{name}") as folder:
+    with scratch(f"eval@{name}", Path(adapter)) as folder:
         template = TEMPLATES[params.model.template]
         predictions = predict(model, tokenizer, template, rows, params.eval, folder, f"test {name}")
         first_process_only()

@@ -26,11 +26,12 @@ def main(name: str) -> None:
     from looper.jsonl import read_jsonl
     from looper.live import LiveMetrics
     from looper.ppo import VALUE_HEAD, samples_from_rows, train_ppo
+    from looper.ppo_data import ROW
     from looper.prompts import TEMPLATES, prompt_ids
     from looper.scratch import scratch
 
     start, rollouts = Path(this.start), Path(f"data/regime_w_rollouts{this.suffix}.jsonl")
-    rows = read_jsonl(rollouts, {"id": str, "question": str, "reward": float, "arm_outputs": list})
+    rows = read_jsonl(rollouts, ROW)
     tokenizer, template = load_tokenizer(BASE), TEMPLATES[params.model.template]
     samples = samples_from_rows(rows, lambda question: prompt_ids(tokenizer, template, question), params.ppo)
     model = load_trainable(BASE, start, params.model)

@@ -65,6 +65,15 @@ CHANGES = [
 ]
 
 
+def test_an_adapter_that_the_command_line_names_counts_too():
+    for name in ("one", "two"):
+        write_json(Path(f"models/{name}/card.json"), {"weights": name})
+    with pytest.raises(RuntimeError), scratch("eval@ppo", Path("models/one")) as one:
+        raise RuntimeError
+    with scratch("eval@ppo", Path("models/two")) as two:
+        assert two != one and not one.exists()
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_input_that_changes_gives_another_folder_and_the_stale_one_goes(change):
     with pytest.raises(RuntimeError), scratch("sft") as stale:
