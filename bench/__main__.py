@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.measure import Gate, Measured, Stage, measure
 from looper.base_model import MANIFEST
+from looper.params import load_params
 from looper.stage import OFFLINE, PRIVATE, TORCH
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace) -> "Setup":
-    """The model's folder and the device's limits. Raises ValueError for a folder that is no base model."""
+    """The model's folder and the device's limits. On CUDA the 8B shape trains in NF4, another base as params.yaml says.
+
+    Raises ValueError for a folder that is no base model, and for a params.yaml that is wrong.
+    """
     import torch
 
     from bench.workload import set_up
@@ -82,7 +86,8 @@ def prepare(options: argparse.Namespace) -> "Setup":
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; --model must be a base model as the stage base leaves it: "
                          "dvc repro base")
-    return set_up(folder, options.device)
+    nf4 = options.device == "cuda" and (options.model == RANDOM_8B or load_params().model.quantization == "nf4")
+    return set_up(folder, options.device, "nf4" if nf4 else "none")
 
 
 def build(name: str, setup: "Setup | None", options: argparse.Namespace) -> Stage:
@@ -150,8 +155,8 @@ def machine(setup: "Setup | None") -> dict[str, Any]:
     import torch
 
     device = torch.cuda.get_device_name() if setup.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": device, "dtype": str(setup.dtype), "flops": setup.flops, "bandwidth": setup.bandwidth,
-            **known}
+    return {"device": device, "dtype": str(setup.dtype), "quantization": setup.model.quantization,
+            "flops": setup.flops, "bandwidth": setup.bandwidth, **known}
 
 
 if __name__ == "__main__":

@@ -48,15 +48,15 @@ class Setup(NamedTuple):
         return self.model.device == "cuda"
 
 
-def set_up(folder: Path, device: str) -> Setup:
-    """Reads the model's shape and measures the device. On CUDA training is in NF4, on the CPU there is none.
+def set_up(folder: Path, device: str, quantization: str) -> Setup:
+    """Reads the model's shape and measures the device. quantization: none or nf4, of the base in training.
 
     Raises ValueError if `folder` is not a base model as the stage base leaves it.
     """
     tokenizer = load_tokenizer(folder)
     name, template = next((name, each) for name, each in TEMPLATES.items()
                           if len(tokenizer.encode(each.end, add_special_tokens=False)) == 1)
-    model = Model(device=device, dtype="bfloat16", quantization="nf4" if device == "cuda" else "none", template=name)
+    model = Model(device=device, dtype="bfloat16", quantization=quantization, template=name)
     dtype = compute_dtype(model)
     return Setup(folder, model, tokenizer, template, shape_of(folder), dtype, peak_flops(device, dtype),
                  copy_bandwidth(device))
