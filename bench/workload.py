@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers import trainer as transformers_trainer
 
-from bench.measure import copy_bandwidth, peak_flops
+from bench.measure import Gate, copy_bandwidth, peak_flops
 from looper.base_model import compute_dtype, load_base, load_tokenizer
 from looper.params import Lora, Model
 from looper.prompts import TEMPLATES, Template
@@ -124,6 +124,20 @@ def random_ids(setup: Setup, length: int, seed: str) -> list[int]:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     return ((found - expected).norm() / expected.norm()).item()
+
+
+class Update(NamedTuple):
+    """What a side reports of an optimiser step, or of several."""
+
+    loss: float
+    gradients: Tensor | None  # of the first
+
+
+def equality(found: Update, name: str, expected: Update, limits: tuple[float, float], note: str = "") -> list[Gate]:
+    """The gates of loss and gradients against `name`'s; `limits` of both, relative."""
+    return [Gate(f"loss against {name}, relative", abs(found.loss - expected.loss) / abs(expected.loss), limits[0]),
+            Gate(f"gradients against {name}, relative norm{note}",
+                 relative_error(found.gradients, expected.gradients), limits[1])]
 
 
 def gradients(model: nn.Module) -> Tensor:
