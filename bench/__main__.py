@@ -1,7 +1,8 @@
 """This repository against the plain way: the same process, weights, token ids and seeds, passes in the order A B B A.
 
-B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries. A ratio is printed only
-if the stage's gates hold, which compare the results; if one fails the exit status is 1.
+B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries; `--without` adds this
+repository with one of its speedups switched off. A ratio is printed only if the stage's gates hold, which compare the
+results; if one fails the exit status is 1.
 """
 
 import argparse
@@ -10,11 +11,14 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.measure import Gate, Measured, Stage, measure
+from bench.without import SPEEDUPS
 from looper.base_model import MANIFEST
+from looper.params import load_params
 from looper.stage import OFFLINE, PRIVATE, TORCH
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     reports = [report(build(name, setup, options)) for name in options.stage]
     if options.json:
-        content = {"machine": machine(setup), "model": options.model, "stages": reports}
+        content = {"machine": machine(setup), "model": options.model, "batch": options.batch, "stages": reports}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if all(each["gates_hold"] for each in reports) else 1
 
@@ -61,12 +65,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too, every pass with them")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--rows", type=positive, help="rows a pass, instead of each stage's own number")
-    parser.add_argument("--against", type=one_of(("b1", "b2")), default=["b1", "b2"], help="b1, b2 or both")
+    parser.add_argument("--batch", type=positive, default=8, help="rows an update of sft (default: 8)")
+    parser.add_argument("--against", type=lambda text: [] if text == "none" else one_of(("b1", "b2"))(text),
+                        default=["b1", "b2"], help="b1, b2 or both, or none")
+    parser.add_argument("--without", type=one_of(tuple(SPEEDUPS)), default=[],
+                        help=f"some of {','.join(SPEEDUPS)}: a side without each, in the stages that have it")
     return parser.parse_args(arguments)
 
 
 def prepare(options: argparse.Namespace) -> "Setup":
-    """The model's folder and the device's limits. Raises ValueError for a folder that is no base model."""
+    """The model's folder and the device's limits. On CUDA the 8B shape trains in NF4, another base as params.yaml says.
+
+    Raises ValueError for a folder that is no base model, and for a params.yaml that is wrong.
+    """
     import torch
 
     from bench.workload import set_up
@@ -82,7 +93,8 @@ def prepare(options: argparse.Namespace) -> "Setup":
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; --model must be a base model as the stage base leaves it: "
                          "dvc repro base")
-    return set_up(folder, options.device)
+    nf4 = options.device == "cuda" and (options.model == RANDOM_8B or load_params().model.quantization == "nf4")
+    return set_up(folder, options.device, "nf4" if nf4 else "none")
 
 
 def build(name: str, setup: "Setup | None", options: argparse.Namespace) -> Stage:
@@ -93,8 +105,9 @@ def build(name: str, setup: "Setup | None", options: argparse.Namespace) -> Stag
         return score.stage(rows)
     from bench import generation, ppo, sft
 
-    make = {"sft": sft.stage, "ppo": ppo.stage, "rollouts": generation.rollouts, "eval": generation.evaluation}[name]
-    return make(setup, rows, options.against)
+    make = {"sft": partial(sft.stage, batch=options.batch), "ppo": ppo.stage,
+            "rollouts": generation.rollouts, "eval": generation.evaluation}[name]
+    return make(setup, rows, options.against, options.without)
 
 
 # ---- what is printed ----
@@ -150,8 +163,8 @@ def machine(setup: "Setup | None") -> dict[str, Any]:
     import torch
 
     device = torch.cuda.get_device_name() if setup.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": device, "dtype": str(setup.dtype), "flops": setup.flops, "bandwidth": setup.bandwidth,
-            **known}
+    return {"device": device, "dtype": str(setup.dtype), "quantization": setup.model.quantization,
+            "flops": setup.flops, "bandwidth": setup.bandwidth, **known}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Nobody ends early: each row writes as many tokens as the stored list says. `gene
 a batch, so it takes a temperature's rows together and runs all to the longest; only the listed tokens count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import groupby
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from bench.measure import Gate, Side, Stage, timed
+from bench.without import switched_off, variants
 from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter
 from looper.generation import Completion, generate
 from looper.prompts import prompt_ids
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     length: int  # tokens to write
 
 
-def rollouts(setup: Setup, rows: int, against: list[str]) -> Stage:
+def rollouts(setup: Setup, rows: int, against: list[str], without: Sequence[str] = ()) -> Stage:
     """Eight arms a question: each style has a prompt of its own, which its four temperatures share."""
     stored, made = lengths(rows), []
     for i, (_, output) in enumerate(stored):
@@ -46,14 +47,14 @@ def rollouts(setup: Setup, rows: int, against: list[str]) -> Stage:
         length, _ = stored[question]
         ids = make_prompt(setup, length, f"{arm.style}/{question}", arm.instruction)
         made.append(Row(ids, arm.temperature, output))
-    return _stage("rollouts", setup, made, against)
+    return _stage("rollouts", setup, made, against, without)
 
 
-def evaluation(setup: Setup, rows: int, against: list[str]) -> Stage:
+def evaluation(setup: Setup, rows: int, against: list[str], without: Sequence[str] = ()) -> Stage:
     """Greedy answers to as many questions."""
     made = [Row(make_prompt(setup, prompt, f"eval/{i}"), 0.0, output)
             for i, (prompt, output) in enumerate(lengths(rows))]
-    return _stage("eval", setup, made, against)
+    return _stage("eval", setup, made, against, without)
 
 
 def make_prompt(setup: Setup, length: int, seed: str, instruction: str = "") -> list[int]:
@@ -62,11 +63,16 @@ def make_prompt(setup: Setup, length: int, seed: str, instruction: str = "") -> 
     return beginning + random_ids(setup, length - len(beginning), seed)
 
 
-def _stage(name: str, setup: Setup, rows: list[Row], against: list[str]) -> Stage:
+def _stage(name: str, setup: Setup, rows: list[Row], against: list[str], without: Sequence[str]) -> Stage:
     device = setup.model.device
     model = merged(setup)
+    slower = list(variants(without, name, model, lambda: merged(setup)))
     by_arm = sorted(rows, key=lambda row: row.temperature)
-    sides = [Side("looper", lambda: timed(lambda: count(ours(model, rows, BATCH[device]), rows)), [model])]
+
+    def looper(called: str, write: Callable[..., list[Completion]]) -> Side:
+        return Side(called, lambda: timed(lambda: count(write(model, rows, BATCH[device]), rows)), [model])
+
+    sides = [looper("looper", ours)]
     if "b1" in against:
         unmerged = with_adapter(load(setup, quantised=True)).eval()
         first = by_arm[:B1_ROWS]
@@ -77,8 +83,16 @@ def _stage(name: str, setup: Setup, rows: list[Row], against: list[str]) -> Stag
         some = by_arm[:batch]
         sides.append(Side(f"B2: generate, merged, batch {max(map(len, batches(some, batch)))}",
                           lambda: timed(lambda: count(plain(model, some, batch), some)), [model]))
-    return Stage(name, sides, lambda: gates(setup, model, rows) if against else [],
-                 limit(setup, rows, min(BATCH[device], len(rows))))
+    sides += [looper(f"looper without {each}", switched_off(each)(ours)) for each in slower]
+
+    def checked() -> list[Gate]:
+        made = gates(setup, model, rows) if against or slower else []
+        for each in slower:
+            made += [gate._replace(name=f"{gate.name}, without {each}")
+                     for gate in switched_off(each)(gates)(setup, model, rows)]
+        return made
+
+    return Stage(name, sides, checked, limit(setup, rows, min(BATCH[device], len(rows))))
 
 
 def limit(setup: Setup, rows: Sequence[Row], batch: int) -> float:

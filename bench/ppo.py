@@ -2,16 +2,15 @@
 
 The plain way pads every batch, holds the logits of all positions, and computes reference and values by whole passes; it
 uses `looper.ppo_math` for what follows from log-probabilities and values, which costs next to nothing. A pass is a
-whole run: the reference's log-probabilities, then one epoch. The gate compares the first PPO batch's loss and its first
-gradients.
+whole run: the reference's log-probabilities, then one epoch. The gates compare the first PPO batch's loss and its first
+gradients, with the plain way's and with those of this repository without one of its speedups.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from bench.measure import Gate, Pass, Side, Stage, timed
-from bench.workload import Setup, gradients, lengths, load, random_ids, relative_error, seed_adapter, with_adapter
+from bench.without import switched_off, variants
+from bench.workload import Setup, Update, equality, gradients, lengths, load, random_ids, seed_adapter, with_adapter
 from looper import ppo_math
 from looper.ppo import PPOSample, train_ppo
 from looper.ppo_data import COMPONENTS, collate, padded, plan_steps
@@ -31,22 +31,27 @@ B1_ROWS = 16
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2)}
 
 
-def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
+def stage(setup: Setup, rows: int, against: list[str], without: Sequence[str] = ()) -> Stage:
+    def load_policy() -> PeftModel:
+        return with_adapter(load(setup, quantised=True))
+
+    def looper(name: str, model: PeftModel, train: Callable[..., None]) -> Side:
+        return Side(name, lambda: run(samples, lambda: train(model, samples), model), [model])
+
     samples = make_samples(setup, rows)
-    own = with_adapter(load(setup, quantised=True))
-    policy = with_adapter(load(setup, quantised=True)) if against else None
-    critic = with_adapter(load(setup, quantised=True)) if "b1" in against else None
-    first = samples[:B1_ROWS]
-    sides = {
-        "looper": Side("looper", lambda: run(samples, lambda: ours(own, samples), own), [own]),
-        "b1": Side("B1: critic trunk, full logits, checkpointing",
-                   lambda: run(first, lambda: plain(policy, critic, first, checkpointing=True), policy, critic),
-                   [policy, critic]),
-        "b2": Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy),
-                   [policy]),
-    }
-    return Stage("ppo", [sides[key] for key in ("looper", *against)],
-                 lambda: gates(setup, own, policy) if against else [], limit(setup, samples))
+    own, policy = load_policy(), load_policy() if against else None
+    slower = variants(without, "ppo", own, load_policy)
+    sides = [looper("looper", own, ours)]
+    if "b1" in against:
+        critic, first = load_policy(), samples[:B1_ROWS]
+        sides.append(Side("B1: critic trunk, full logits, checkpointing",
+                          lambda: run(first, lambda: plain(policy, critic, first, checkpointing=True), policy, critic),
+                          [policy, critic]))
+    if "b2" in against:
+        sides.append(Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy),
+                          [policy]))
+    sides += [looper(f"looper without {name}", model, switched_off(name)(ours)) for name, model in slower.items()]
+    return Stage("ppo", sides, lambda: gates(setup, own, policy, slower), limit(setup, samples))
 
 
 def make_samples(setup: Setup, rows: int) -> list[PPOSample]:
@@ -95,16 +100,12 @@ def ours(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSettings =
         train_ppo(model, samples, settings, Path(folder), Path(folder) / "value_head.safetensors", callbacks)
 
 
-class Update(NamedTuple):
-    """What the plain way reports of an optimiser step."""
-
-    loss: float
-    gradients: Tensor | None  # of the first step
-
-
 def plain(policy: PeftModel, critic: PeftModel | None, samples: Sequence[PPOSample], settings: PPOSettings = SETTINGS,
           checkpointing: bool = False) -> list[Update]:
-    """One epoch of PPO in the plain way; a critic of its own, or None for a value head on the policy."""
+    """One epoch of PPO in the plain way; a critic of its own, or None for a value head on the policy.
+
+    Returns its optimiser steps, the first with its gradients.
+    """
     models = [policy] if critic is None else [policy, critic]
     for model in models:
         model.train()  # no dropout is in it; checkpointing asks for it
@@ -199,17 +200,25 @@ class FirstBatch(TrainerCallback):
             self.loss = logs["policy_loss"] + SETTINGS.value_coef * logs["value_loss"]
 
 
-def gates(setup: Setup, own: PeftModel, policy: PeftModel) -> list[Gate]:
-    """One PPO batch on both sides, the same adapter on both at its start."""
+def gates(setup: Setup, own: PeftModel, policy: PeftModel | None, slower: Mapping[str, PeftModel]) -> list[Gate]:
+    """One PPO batch on each side, the same adapter on all at its start.
+
+    policy: the plain way's, or None without it. slower: speedups, and the models of the sides without them.
+    """
     samples = make_samples(setup, SETTINGS.batch_size)
     settings = replace(SETTINGS, max_grad_norm=1e9)
-    for model in (own, policy):
-        seed_adapter(model)
-    first = FirstBatch()
-    ours(own, samples, settings, [first])
-    updates = plain(policy, None, samples, settings)
-    expected = sum(update.loss for update in updates) / len(updates)
-    loss, gradient = TOLERANCE[setup.dtype]
-    return [Gate("loss against the padded reference, relative", abs(first.loss - expected) / abs(expected), loss),
-            Gate("gradients against the padded reference, relative norm",
-                 relative_error(first.gradients, updates[0].gradients), gradient)]
+
+    def first_batch(model: PeftModel, train: Callable[..., None]) -> Update:
+        first = FirstBatch()
+        train(seed_adapter(model), samples, settings, [first])
+        return Update(first.loss, first.gradients)
+
+    found, made = first_batch(own, ours), []
+    if policy is not None:
+        updates = plain(seed_adapter(policy), None, samples, settings)
+        expected = Update(sum(update.loss for update in updates) / len(updates), updates[0].gradients)
+        made = equality(found, "the padded reference", expected, TOLERANCE[setup.dtype])
+    for name, model in slower.items():
+        made += equality(found, f"looper without {name}", first_batch(model, switched_off(name)(ours)),
+                         TOLERANCE[setup.dtype])
+    return made

@@ -1,10 +1,12 @@
-"""SFT: this repository's `finetune` against TRL's SFTTrainer, on the same rows, weights, seed and effective batch of 8.
+"""SFT: this repository's `finetune` against TRL's SFTTrainer, on the same rows, weights, seed and effective batch.
 
 Both sides are timed from the start of an update to the end of the last one: set-up, compilation and the first updates
-stand apart. The gate compares loss and gradients of one update with those of 1 × 8 accumulation.
+stand apart. The gates compare loss and gradients of one update with those of accumulation row by row, and with those of
+this repository without one of its speedups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,16 +17,17 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bench.measure import Gate, Pass, Side, Stage, clocks
-from bench.workload import LORA, Setup, gradients, lengths, load, relative_error, watching
+from bench.without import switched_off, variants
+from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative_error, watching
 from looper.params import Sft, load_params
 from looper.prompts import training_ids
 from looper.sample_problems import generate
 from looper.sft import finetune
 
-BATCH = 8  # rows an update, on every side
+BATCH = 8  # rows an update, on every side, unless another number is asked for
 WARM_UP = {"cuda": 2, "cpu": 0}  # updates at the start of every pass that are not measured
-B1_ROWS = 32  # measured a pass: at 1 × 8 the rate does not depend on their number, and all of them would take minutes
-# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over 8 rows adds in another order.
+B1_ROWS = 32  # measured a pass: row by row the rate does not depend on their number, and all of them would take minutes
+# Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over all rows adds in another order.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
 # In a deep model that order alone may exceed it: the gradients may differ by so many times what TRL's own two ways do.
 OF_PLAIN = 1.5
@@ -32,23 +35,29 @@ OF_PLAIN = 1.5
 Train = Callable[[list[dict]], None]
 
 
-def stage(setup: Setup, rows: int, against: list[str]) -> Stage:
+def stage(setup: Setup, rows: int, against: list[str], without: Sequence[str] = (), batch: int = BATCH) -> Stage:
     own, plain = load(setup, quantised=True), load(setup, quantised=True) if against else None
-    chosen = settings()
-    trainers: dict[str, Train] = {
-        "looper": lambda data: ours(setup, own, data, chosen),
-        "b1": lambda data: trl(setup, plain, data, micro_batch=1, checkpointing=True),
-        "b2": lambda data: trl(setup, plain, data, micro_batch=BATCH, checkpointing=False),
-    }
-    names = {"looper": "looper", "b1": "B1: TRL 1 x 8, checkpointing", "b2": "B2: TRL 8 x 1"}
+    chosen = settings(batch)
 
-    def side(key: str) -> Side:
-        measured = min(rows, B1_ROWS) if key == "b1" else rows
-        data = make_rows(setup, WARM_UP[setup.model.device] * BATCH + measured)
-        return Side(names[key], lambda: run(setup, trainers[key], data), [own if key == "looper" else plain])
+    def finetuning(model: PreTrainedModel) -> Train:
+        return partial(ours, setup, model, sft=chosen)
 
-    return Stage("sft", [side(key) for key in ("looper", *against)],
-                 lambda: gates(setup, *trainers.values()) if against else [],
+    def side(name: str, train: Train, model: PreTrainedModel, measured: int = rows) -> Side:
+        data = make_rows(setup, WARM_UP[setup.model.device] * batch + measured)
+        return Side(name, lambda: run(setup, train, data), [model])
+
+    accumulated = partial(trl, setup, plain, batch=batch, micro_batch=1, checkpointing=True)
+    batched = partial(trl, setup, plain, batch=batch, micro_batch=batch, checkpointing=False)
+    models = variants(without, "sft", own, lambda: load(setup, quantised=True))
+    slower = {name: switched_off(name)(finetuning(model)) for name, model in models.items()}
+    sides = [side("looper", finetuning(own), own)]
+    if "b1" in against:
+        sides.append(side(f"B1: TRL 1 x {batch}, checkpointing", accumulated, plain, min(rows, B1_ROWS)))
+    if "b2" in against:
+        sides.append(side(f"B2: TRL {batch} x 1", batched, plain))
+    sides += [side(f"looper without {name}", train, models[name]) for name, train in slower.items()]
+    return Stage("sft", sides,
+                 lambda: gates(setup, batch, finetuning(own), (accumulated, batched) if against else None, slower),
                  limit(setup, make_rows(setup, rows)))
 
 
@@ -73,14 +82,14 @@ def ours(setup: Setup, model: PreTrainedModel, rows: list[dict], sft: Sft) -> No
     trained.unload()  # the next pass starts from the same base
 
 
-def settings() -> Sft:
+def settings(batch: int = BATCH) -> Sft:
     """params.yaml's way of computing (micro_batch and the like), with the measured update's settings."""
     return load_params().sft.model_copy(update={
-        "lora": LORA, "learning_rate": 5e-5, "epochs": 1, "batch_size": BATCH, "warmup_share": 0.0, "max_tokens": 2048,
+        "lora": LORA, "learning_rate": 5e-5, "epochs": 1, "batch_size": batch, "warmup_share": 0.0, "max_tokens": 2048,
         "max_grad_norm": 1e9, "loss_on": "completion", "gradient_checkpointing": False, "save_steps": 10**9, "seed": 0})
 
 
-def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], micro_batch: int, checkpointing: bool) -> None:
+def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], batch: int, micro_batch: int, checkpointing: bool) -> None:
     """TRL as its documentation shows it for a model that is loaded already: QLoRA where the base is NF4."""
     if not checkpointing:
         model.gradient_checkpointing_disable()
@@ -90,7 +99,7 @@ def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], micro_batch: int
     with TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=BATCH // micro_batch, gradient_checkpointing=checkpointing,
+            gradient_accumulation_steps=batch // micro_batch, gradient_checkpointing=checkpointing,
             learning_rate=5e-5, max_grad_norm=1e9, completion_only_loss=True,
             max_length=None, bf16=setup.dtype == torch.bfloat16, use_cpu=not setup.cuda, num_train_epochs=1,
             optim="paged_adamw_8bit" if setup.cuda else "adamw_torch", logging_steps=1, save_strategy="no", seed=0,
@@ -175,16 +184,23 @@ class FirstUpdate(TrainerCallback):
             self.loss = logs["loss"]
 
 
-def gates(setup: Setup, own: Train, accumulated: Train, batched: Train) -> list[Gate]:
-    """One update of 8 rows on each side; the adapter is as new, so that only lora_B has a gradient."""
-    seen = []
-    for train in (own, accumulated, batched):
+def gates(setup: Setup, batch: int, own: Train, plain: tuple[Train, Train] | None,
+          slower: Mapping[str, Train]) -> list[Gate]:
+    """One update on each side; the adapter is as new, so that only lora_B has a gradient.
+
+    plain: TRL's two ways, row by row and all rows at once. slower: speedups, and this repository without them.
+    """
+    def first_update(train: Train) -> Update:
         with watching(FirstUpdate()) as update:
-            train(make_rows(setup, BATCH))
-        seen.append(update)
-    found, expected, other = seen
-    loss, gradient = TOLERANCE[setup.dtype]
-    between_plain = relative_error(other.gradients, expected.gradients)
-    return [Gate("loss against 1 x 8, relative", abs(found.loss - expected.loss) / abs(expected.loss), loss),
-            Gate(f"gradients against 1 x 8, relative norm (TRL 8 x 1: {between_plain:.2e})",
-                 relative_error(found.gradients, expected.gradients), max(gradient, OF_PLAIN * between_plain))]
+            train(make_rows(setup, batch))
+        return Update(update.loss, update.gradients)
+
+    found, made, (loss, gradient) = first_update(own), [], TOLERANCE[setup.dtype]
+    if plain:
+        expected, other = map(first_update, plain)
+        between = relative_error(other.gradients, expected.gradients)
+        gradient = max(gradient, OF_PLAIN * between)
+        made = equality(found, f"1 x {batch}", expected, (loss, gradient), f" (TRL {batch} x 1: {between:.2e})")
+    for name, train in slower.items():
+        made += equality(found, f"looper without {name}", first_update(train), (loss, gradient))
+    return made

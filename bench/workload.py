@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers import trainer as transformers_trainer
 
-from bench.measure import copy_bandwidth, peak_flops
+from bench.measure import Gate, copy_bandwidth, peak_flops
 from looper.base_model import compute_dtype, load_base, load_tokenizer
 from looper.params import Lora, Model
 from looper.prompts import TEMPLATES, Template
@@ -48,15 +48,15 @@ class Setup(NamedTuple):
         return self.model.device == "cuda"
 
 
-def set_up(folder: Path, device: str) -> Setup:
-    """Reads the model's shape and measures the device. On CUDA training is in NF4, on the CPU there is none.
+def set_up(folder: Path, device: str, quantization: str) -> Setup:
+    """Reads the model's shape and measures the device. quantization: none or nf4, of the base in training.
 
     Raises ValueError if `folder` is not a base model as the stage base leaves it.
     """
     tokenizer = load_tokenizer(folder)
     name, template = next((name, each) for name, each in TEMPLATES.items()
                           if len(tokenizer.encode(each.end, add_special_tokens=False)) == 1)
-    model = Model(device=device, dtype="bfloat16", quantization="nf4" if device == "cuda" else "none", template=name)
+    model = Model(device=device, dtype="bfloat16", quantization=quantization, template=name)
     dtype = compute_dtype(model)
     return Setup(folder, model, tokenizer, template, shape_of(folder), dtype, peak_flops(device, dtype),
                  copy_bandwidth(device))
@@ -124,6 +124,20 @@ def random_ids(setup: Setup, length: int, seed: str) -> list[int]:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖."""
     return ((found - expected).norm() / expected.norm()).item()
+
+
+class Update(NamedTuple):
+    """What a side reports of an optimiser step, or of several."""
+
+    loss: float
+    gradients: Tensor | None  # of the first
+
+
+def equality(found: Update, name: str, expected: Update, limits: tuple[float, float], note: str = "") -> list[Gate]:
+    """The gates of loss and gradients against `name`'s; `limits` of both, relative."""
+    return [Gate(f"loss against {name}, relative", abs(found.loss - expected.loss) / abs(expected.loss), limits[0]),
+            Gate(f"gradients against {name}, relative norm{note}",
+                 relative_error(found.gradients, expected.gradients), limits[1])]
 
 
 def gradients(model: nn.Module) -> Tensor:

@@ -1,6 +1,7 @@
 """The order of the passes, the figures of the table by hand, and what a gate that fails does."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -105,6 +106,9 @@ def test_a_failed_gate_takes_the_ratio_away_and_ends_with_1(clock, monkeypatch, 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--stage", "sft,fly"], "fly is none of sft,rollouts,ppo,eval,score"),
     (["--against", "b3"], "b3 is none of b1,b2"),
+    (["--against", "none,b1"], "none is none of b1,b2"),
+    (["--without", "b1"], "b1 is none of compiling,filling,one_wait,unpacking"),
+    (["--batch", "0"], "0 is not a positive whole number"),
     (["--rows", "0"], "0 is not a positive whole number"),
 ])
 def test_arguments_that_make_no_sense_end_with_2(arguments, complaint, capsys):
@@ -118,6 +122,23 @@ def test_a_folder_that_is_no_base_model_ends_with_2(tmp_path, capsys):
     assert f"{tmp_path}/manifest.json is missing" in capsys.readouterr().err
     assert command.main(["--stage", "sft", "--model", "8b-shape", "--device", "cpu"]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model, device, asked, found", [
+    ("folder", "cuda", "nf4", "nf4"), ("folder", "cuda", "none", "none"), ("8b-shape", "cuda", "none", "nf4"),
+    ("folder", "cpu", "nf4", "none"),
+])
+def test_on_cuda_the_8b_shape_trains_in_nf4_and_another_base_as_the_params_say(model, device, asked, found, monkeypatch,
+                                                                              tmp_path):
+    from bench import random_8b, workload
+
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr(command, "FOLDER_8B", tmp_path)
+    monkeypatch.setattr(random_8b, "make_8b", lambda folder: folder)
+    monkeypatch.setattr(command, "load_params", lambda: SimpleNamespace(model=SimpleNamespace(quantization=asked)))
+    monkeypatch.setattr(workload, "set_up", lambda *given: given)
+    name = str(tmp_path) if model == "folder" else model
+    assert command.prepare(command.parse(["--model", name, "--device", device])) == (tmp_path, device, found)
 
 
 def test_scoring_is_measured_alone(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """The real sides on the tiny model in float32: their gates hold, and fail where a result is another."""
 
+import json
 from dataclasses import replace
 from statistics import mean
 
@@ -7,22 +8,17 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from bench import generation, ppo, sft
+from bench import __main__ as command
+from bench import generation, ppo, sft, workload
 from bench.generation import Row, batches
 from bench.random_8b import small_tokenizer
-from bench.workload import Setup, Shape, lengths, load, merged, random_ids, shape_of, with_adapter
-from looper.params import Model
+from bench.without import SPEEDUPS, Speedup
+from bench.workload import Shape, lengths, load, merged, random_ids, with_adapter
+from looper.decoding import choose
 from looper.prompts import TEMPLATES, prompt_ids, training_ids
 
 pytestmark = pytest.mark.slow  # each runs several trainers
 BOTH = ["b1", "b2"]
-
-
-@pytest.fixture(scope="module")
-def setup(base):
-    """Float32 whatever the processor, and a device of round figures."""
-    model = Model(device="cpu", dtype="float32", quantization="none", template="chatml")
-    return Setup(base, model, tiny_tokenizer(), TEMPLATES["chatml"], shape_of(base), torch.float32, 1e9, 1e8)
 
 
 def run(stage):
@@ -65,7 +61,7 @@ def test_the_small_tokenizer_serves_every_template():
 # ---- SFT ----
 
 def test_sft_sides_count_the_same_tokens_and_no_padding(setup):
-    passes = run(sft.stage(setup, 8, BOTH))
+    passes = run(sft.stage(setup, 8, BOTH, batch=4))  # two updates
     sizes = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in sft.make_rows(setup, 8)]
     assert [each.tokens for each in passes] == [sum(sizes)] * 3 and sum(sizes) < 8 * max(sizes)
     assert all(each.seconds > 0 and each.setup > 0 for each in passes)
@@ -96,7 +92,7 @@ def test_sft_refuses_a_count_that_is_not_the_rows(setup):
 
 def test_the_sft_gate_sees_another_loss(setup, monkeypatch):
     right = sft.settings
-    monkeypatch.setattr(sft, "settings", lambda: right().model_copy(update={"loss_on": "full"}))
+    monkeypatch.setattr(sft, "settings", lambda batch: right(batch).model_copy(update={"loss_on": "full"}))
     gates = sft.stage(setup, 8, ["b1"]).gates()
     assert len(gates) == 2 and not any(gate.holds for gate in gates)
 
@@ -111,12 +107,35 @@ def test_the_limit_of_sft_by_hand(setup):
     assert sft.limit(setup, [row]) == pytest.approx(len(ids) / seconds) and 0 < sum(mask) < len(ids)
 
 
+def test_a_side_without_a_speedup_is_measured_by_one_command(base, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(workload, "peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(workload, "copy_bandwidth", lambda _: 1e8)
+    assert command.main(["--stage", "sft", "--model", str(base), "--device", "cpu", "--rows", "8", "--against", "none",
+                         "--without", "filling", "--json", str(tmp_path / "figures.json")]) == 0
+    written = json.loads((tmp_path / "figures.json").read_text())
+    (stage,) = written["stages"]
+    assert [side["name"] for side in stage["sides"]] == ["looper", "looper without filling"]
+    assert [gate["found"] for gate in stage["gates"]] == [0.0, 0.0], "on a processor it is the same"
+    assert (written["batch"], written["machine"]["quantization"]) == (8, "none")
+    assert "gate gradients against looper without filling" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, name, other", [
+    (sft.stage, "looper.sft.training_ids", lambda *given: (ids := training_ids(*given)[0], [1] * len(ids))),
+    (ppo.stage, "looper.ppo_math.whiten", lambda advantages, mask: 2 * advantages * mask),
+])
+def test_the_gates_see_another_result_without_a_speedup(setup, monkeypatch, stage, name, other):
+    monkeypatch.setitem(SPEEDUPS, "filling", Speedup(("sft", "ppo"), {name: other}))
+    gates = stage(setup, 8, [], ["filling"]).gates()
+    assert len(gates) == 2 and not any(gate.holds for gate in gates), gates
+
+
 # ---- generation ----
 
 @pytest.mark.parametrize("make", [generation.rollouts, generation.evaluation])
 def test_generation_counts_the_asked_tokens(setup, make):
-    passes = run(make(setup, 8, BOTH))
-    assert [each.tokens for each in passes] == [sum(output for _, output in lengths(8))] * 3
+    passes = run(make(setup, 8, BOTH, ["compiling"]))
+    assert [each.tokens for each in passes] == [sum(output for _, output in lengths(8))] * 4
 
 
 def test_a_batch_of_generate_has_one_temperature():
@@ -126,7 +145,7 @@ def test_a_batch_of_generate_has_one_temperature():
 
 def test_arms_of_a_style_share_their_prompt(setup, monkeypatch):
     made = []
-    monkeypatch.setattr(generation, "_stage", lambda name, setup, rows, against: made.extend(rows))
+    monkeypatch.setattr(generation, "_stage", lambda name, setup, rows, *_: made.extend(rows))
     generation.rollouts(setup, 16, BOTH)
     assert [row.temperature for row in made] == [0.2, 0.3, 0.4, 0.5] * 4
     prompts = [tuple(row.prompt) for row in made]
@@ -156,6 +175,16 @@ def test_the_generation_gate_sees_another_token_and_another_log_probability(setu
     monkeypatch.setattr(generation, "ours", lambda *given: [change(one) for one in right(*given)])
     gates = generation.evaluation(setup, 4, ["b2"]).gates()
     assert not gates[failing].holds and gates[failing].found > gates[failing].limit
+
+
+def test_the_generation_gate_of_a_side_without_a_speedup_is_its_own(setup, monkeypatch):
+    def least_likely(logits, temperatures, uniforms):
+        return choose(-logits, temperatures, uniforms)
+
+    monkeypatch.setitem(SPEEDUPS, "compiling", Speedup(("eval",), {"looper.decoding.choose": least_likely}))
+    gates = generation.evaluation(setup, 4, [], ["compiling"]).gates()
+    assert [gate.holds for gate in gates] == [True] * 3 + [False] * 3
+    assert [gate.name.endswith(", without compiling") for gate in gates] == [False] * 3 + [True] * 3
 
 
 def test_the_limit_of_generation_by_hand(setup):
