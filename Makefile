@@ -25,6 +25,7 @@ $(VENV)/installed: requirements.txt requirements-no-deps.txt constraints.txt
 setup: $(VENV)/installed ## the virtual environment with the pinned requirements
 
 repro: setup ## run the pipeline: every stage whose inputs changed, then the table
+	python -m looper.params
 	dvc repro
 
 test: setup ## all tests: unit, contracts, and the pipeline on a tiny model

@@ -10,6 +10,7 @@ import pytest
 
 from looper import stage
 from looper.params import load_params
+from stages import eval as eval_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
@@ -99,6 +100,19 @@ def test_an_interrupt_is_a_line_and_no_traceback(monkeypatch, capsys):
         stage.run(main, "doc")
     assert end.value.code == 130
     assert capsys.readouterr().err == "sft: interrupted; what it finished is kept: the same command goes on from there\n"
+
+
+@pytest.mark.parametrize("by_dvc", [False, True])
+def test_under_dvc_an_error_says_where_the_outputs_went(monkeypatch, capsys, by_dvc):
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    if by_dvc:
+        monkeypatch.setenv("DVC_STAGE", "eval@sft")  # as DVC does for a stage's command
+    monkeypatch.setattr(sys, "argv", ["/x/stages/eval.py", "sfd", "models/sft_lora"])
+    with pytest.raises(SystemExit) as end:
+        stage.run(eval_stage.main, "doc", arguments=("NAME", "ADAPTER"))
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "no model 'sfd'" in first
+    assert [line.startswith("DVC has removed this stage's former outputs") for line in rest] == [True] * by_dvc
 
 
 @pytest.mark.parametrize("main", [lambda: __import__("json").loads("{"), lambda: {}["key"]])
