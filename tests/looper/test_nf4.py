@@ -48,12 +48,14 @@ def test_a_processor_and_a_base_that_is_not_packed_stay_as_they_are(tmp_path, ca
     assert len(four_bit_layers(model)) == 14 and not four_bit_layers(make_model()) and not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("card, unpacks", [(24 * GB, False), (40 * GB, True), (80 * GB, True)])
-def test_8b_parameters_are_unpacked_where_half_of_the_card_stays_free(card, unpacks, monkeypatch):
+@pytest.mark.parametrize("card, share, unpacks", [(24 * GB, 1.0, False), (40 * GB, 1.0, True), (80 * GB, 1.0, True),
+                                                  (80 * GB, 0.275, False), (80 * GB, 0.5, True)])
+def test_8b_parameters_are_unpacked_where_half_of_what_may_be_taken_stays_free(card, share, unpacks, monkeypatch):
     packed, unpacked = 6 * GB, 16 * GB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (card - packed - GB, card))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: packed + GB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: packed)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
     assert nf4._has_room(unpacked - packed) == unpacks
 
 
