@@ -49,8 +49,8 @@ def load_trainable(base: Path, adapter: Path, settings: Model) -> "PeftModel":
 def load_for_generation(base: Path, adapter: Path | None, settings: Model) -> "PreTrainedModel":
     """The base, with `adapter` merged into its weights where one is given, ready to generate.
 
-    An NF4 base is dequantised first: merging into four bits would round the adapter away. In bfloat16 the merged weights are the
-    trained policy's up to their rounding.
+    An NF4 base is dequantised first: merging into four bits would round the adapter away. In bfloat16 the merged weights
+    are the trained policy's up to their rounding.
     """
     if adapter:
         check_adapter(base, adapter)

@@ -171,7 +171,7 @@ def write_report(path: Path, summary: dict[str, Any], predictions: Predictions, 
 
     summary: of `summarise`, for these predictions. curves: titles and DVCLive files; a title that begins with SFT or
     PPO takes that model's colour. regime_w: what metrics/regime_w.json holds. rollouts: the rows of
-    data/regime_w_rollouts.jsonl, read once. metrics: by file name, what the page lists in full at its end; robustness is
+    data/regime_w_rollouts.jsonl, read once. metrics: by name, what the page lists in full at its end; robustness is
     read from "dev" and "dev_ppo". run: of `about`. weights: by model, the SHA-256 of its adapter where one is known.
     Raises ValueError if a curve's file, a key of regime_w or a model's counterfactual figures are missing; nothing is
     written then.

@@ -18,8 +18,6 @@ from regime_w.answers import answers_match, extract_answer, is_unclosed, split_r
 from regime_w.arms import ARMS, Arm
 from regime_w.bandit import Posterior, allocate, update
 
-# What a row of data/counterfactuals.jsonl must have.
-COUNTERFACTUAL = dict.fromkeys(("id", "question", "gold_answer", "changed_from", "changed_to"), str)
 WAVE = 32  # questions that Thompson sampling allocates at once: few enough to learn from, enough to fill a batch
 
 

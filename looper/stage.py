@@ -49,7 +49,8 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
     os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will rename is for us, not for who runs the stage
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no kernel for four bits on a processor: none is asked for
+    # It misses an optional kernel for four bits on a processor, in each stage, and does without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     gc.set_threshold(10_000, 10, 10)  # importing PyTorch makes a million objects, and no garbage
     started = time.perf_counter()
     try:
@@ -64,7 +65,8 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
                 time.sleep(HEAD_START)  # it may be for want of another process, whose end then ends this one
             raise  # a library's error is a bug of ours: its traceback is what helps
         if "DVC_STAGE" in os.environ:
-            text += "\nDVC has removed this stage's former outputs; once this is mended, dvc repro brings them back, or makes new ones"
+            text += ("\nDVC has removed this stage's former outputs; once this is mended, dvc repro brings them back, or "
+                     "makes new ones")
         sys.exit(_fail(text))
     print(f"{' '.join([name, *given])}: {time.perf_counter() - started:.1f} s", flush=True)
     gc.freeze()  # the process ends here: looking through all that PyTorch loaded for garbage takes another second

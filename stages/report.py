@@ -10,7 +10,8 @@ from pathlib import Path
 from looper.params import load_params
 from looper.stage import run
 
-METRICS = ("data", "sft", "dev", "regime_w", "ppo", "dev_ppo")
+METRICS = {"data": "data", "sft": "sft", "dev": "dev", "regime_w, round 1": "regime_w", "ppo, round 1": "ppo",
+           "dev_ppo": "dev_ppo"}  # what the page calls each, and its file
 SFT, PPO = Path("metrics/live/sft/plots/metrics"), Path("metrics/live/ppo/plots/metrics")
 CURVES = {
     "SFT loss": SFT / "loss.tsv",
@@ -32,7 +33,7 @@ def main() -> None:
     predictions = {name: read_jsonl(Path("data/predictions") / f"{name}.jsonl", PREDICTION_FIELDS)
                    for name in MODELS}
     figures = {name: read_json(Path("metrics") / f"eval_{name}.json") for name in MODELS}
-    metrics = {name: read_json(Path("metrics") / f"{name}.json") for name in METRICS}
+    metrics = {name: read_json(Path("metrics") / f"{file}.json") for name, file in METRICS.items()}
     summary = summarise(predictions, figures)
     named = about(params.base.model_dump(), params.prepare.model_dump(), metrics["data"]["rows"], {
         "Template": params.model.template,
@@ -43,7 +44,7 @@ def main() -> None:
                  f"PPO {params.ppo.seed}",
     })
     weights = {name: figures[name].get("adapter_sha256") for name in MODELS}
-    write_report(Path("reports/report.html"), summary, predictions, list(CURVES.items()), metrics["regime_w"],
+    write_report(Path("reports/report.html"), summary, predictions, list(CURVES.items()), metrics["regime_w, round 1"],
                  iterate_jsonl(Path("data/regime_w_rollouts.jsonl")), metrics, named, weights)
     write_json(Path("metrics/plots/accuracy.json"), plot_rows(summary))
     write_json(Path("metrics/summary.json"), summary)

@@ -22,11 +22,12 @@ def main(name: str) -> None:
     from looper.base_model import load_tokenizer
     from looper.jsonl import read_jsonl, write_jsonl
     from looper.prompts import ROW, TEMPLATES
-    from looper.rollouts import COUNTERFACTUAL, questions_of_round, roll_out
+    from looper.rollouts import questions_of_round, roll_out
     from looper.scratch import scratch
 
     rows = questions_of_round(read_jsonl(Path("data/train.jsonl"), ROW), params.rollouts.questions, int(name))
-    changed = read_jsonl(Path("data/counterfactuals.jsonl"), COUNTERFACTUAL)
+    changed = read_jsonl(Path("data/counterfactuals.jsonl"), {
+        "id": str, "question": str, "gold_answer": str, "changed_from": str, "changed_to": str})
     counterfactuals = {row["id"]: row for row in changed}
     model, tokenizer = load_for_generation(BASE, Path(this.start), params.model), load_tokenizer(BASE)
     with scratch(f"rollouts@{name}") as folder:

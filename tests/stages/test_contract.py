@@ -111,7 +111,7 @@ def test_the_report_depends_on_all_it_reads():
     from looper.report import MODELS
     from stages.report import CURVES, METRICS
 
-    read = {f"metrics/{name}.json" for name in METRICS} | {str(path) for path in CURVES.values()}
+    read = {f"metrics/{name}.json" for name in METRICS.values()} | {str(path) for path in CURVES.values()}
     read |= {f"metrics/eval_{model}.json" for model in MODELS} | {f"data/predictions/{model}.jsonl" for model in MODELS}
     read.add("data/regime_w_rollouts.jsonl")
     assert {dep for dep in RESOLVED["report"]["deps"] if not dep.startswith(PACKAGES)} == read
