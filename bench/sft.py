@@ -67,7 +67,7 @@ def limit(setup: Setup, rows: list[dict]) -> float:
     Forward and the gradient of the activations, 2 FLOP a weight each, the head on labelled tokens only; nothing computed
     twice, no gradient of the frozen weights; attention, below 1% at these lengths, and the adapter are left out.
     """
-    masks = [training_ids(setup.tokenizer, setup.template, row)[1] for row in rows]
+    masks = [mask for _, mask in training_ids(setup.tokenizer, setup.template, rows)]
     tokens, labelled = sum(map(len, masks)), sum(map(sum, masks))
     return tokens * setup.flops / (4 * (tokens * setup.shape.body + labelled * setup.shape.head))
 
@@ -93,7 +93,7 @@ def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], batch: int, micr
     """TRL as its documentation shows it for a model that is loaded already: QLoRA where the base is NF4."""
     if not checkpointing:
         model.gradient_checkpointing_disable()
-    encoded = [training_ids(setup.tokenizer, setup.template, row) for row in rows]
+    encoded = training_ids(setup.tokenizer, setup.template, rows)
     ids, masks = zip(*encoded, strict=True)
     dataset = Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
     with TemporaryDirectory() as folder:
@@ -120,7 +120,8 @@ def make_rows(setup: Setup, count: int) -> list[dict]:
     problems = generate("train", 200, seed=0)
     text = setup.tokenizer.encode(" ".join(f"{each['question']} {each['answer']}" for each in problems),
                                   add_special_tokens=False)
-    frame = len(training_ids(setup.tokenizer, setup.template, {"question": "", "solution": "", "gold_answer": "7"})[0])
+    (ids, _), = training_ids(setup.tokenizer, setup.template, [{"question": "", "solution": "", "gold_answer": "7"}])
+    frame = len(ids)
     rows, at = [], 0
     for i, (prompt, output) in enumerate(lengths(count)):
         at = at % (len(text) - prompt - output)
@@ -162,7 +163,7 @@ def run(setup: Setup, train: Train, rows: list[dict]) -> Pass:
     with watching(Clock(first)) as clock:
         train(rows)
     last = max(clock.tokens)
-    given = sum(len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows)
+    given = sum(len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, rows))
     if clock.tokens[last] != given:
         raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; "
                          "padding must not count")

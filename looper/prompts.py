@@ -64,6 +64,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]: ...
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -78,16 +79,17 @@ def prompt_ids(tokenizer: Tokenizer, template: Template, question: str, instruct
     return tokenizer.encode(template.prompt(tutoring_text(question), instruction), add_special_tokens=False)
 
 
-def training_ids(tokenizer: Tokenizer, template: Template, row: dict) -> tuple[list[int], list[int]]:
-    """(input_ids, completion_mask) of a prepared row.
+def training_ids(tokenizer: Tokenizer, template: Template, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, completion_mask) of each prepared row.
 
     Prompt and completion are encoded apart, so that the boundary falls exactly where generation begins; the mask is 1 on
     the completion, its end token included: a model that never sees the end in its labels does not learn to stop.
     """
-    prompt = prompt_ids(tokenizer, template, row["question"])
-    text = template.completion(row["solution"], row["gold_answer"])
-    completion = tokenizer.encode(text, add_special_tokens=False)
-    return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+    prompts = [template.prompt(tutoring_text(row["question"])) for row in rows]
+    completions = [template.completion(row["solution"], row["gold_answer"]) for row in rows]
+    # All texts in one call: the tokenizer spreads them over the processor's cores
+    encoded = zip(*(tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, completions)))
+    return [(prompt + completion, [0] * len(prompt) + [1] * len(completion)) for prompt, completion in encoded]
 
 
 def answer_text(tokenizer: Tokenizer, template: Template, token_ids: list[int]) -> str:

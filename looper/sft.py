@@ -122,7 +122,7 @@ def passes_an_update(sft: Sft, processes: int) -> int:
 def tokenize(tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], max_tokens: int) -> Dataset:
     """A dataset of input_ids and completion_mask. Raises ValueError for a row of more than `max_tokens` tokens."""
     end_token_ids(tokenizer, template)  # raises if the end is not one token: the model would not learn to stop
-    encoded = [training_ids(tokenizer, template, row) for row in rows]
+    encoded = training_ids(tokenizer, template, rows)
     for row, (ids, _) in zip(rows, encoded, strict=True):
         if len(ids) > max_tokens:
             raise ValueError(f"{row['id']} is {len(ids)} tokens, sft.max_tokens is {max_tokens}; raise sft.max_tokens")

@@ -52,8 +52,12 @@ def self_targets(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     completions = iter(generate_in_chunks(
         model, requests, scratch, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
         eos_token_ids=end_token_ids(tokenizer, template), seed=settings.seed, progress="targets"))
-    drawn = [[_judged(tokenizer, template, row, next(completions), max_tokens) for _ in range(settings.samples)]
-             for row in rows]
+    judged = [[_judged(tokenizer, template, row, next(completions)) for _ in range(settings.samples)] for row in rows]
+    kept = [{**row, "solution": sample.solution} for row, samples in zip(rows, judged, strict=True)
+            for sample in samples if sample.solution]
+    encoded = iter(training_ids(tokenizer, template, kept))
+    drawn = [[_fitting(sample, *next(encoded), max_tokens) if sample.solution else sample for sample in samples]
+             for samples in judged]
     return _targets(rows, drawn)
 
 
@@ -73,17 +77,18 @@ def solution_of(text: str, template: Template) -> str | None:
     return None if not solution.strip() or any(mark in solution for mark in MARKS) else solution.rstrip()
 
 
-def _judged(tokenizer, template: Template, row: dict, completion: "Completion", max_tokens: int) -> Sample:
+def _judged(tokenizer, template: Template, row: dict, completion: "Completion") -> Sample:
     text = answer_text(tokenizer, template, completion.token_ids)
     if not answers_match(extract_answer(text), row["gold_answer"]):
         return Sample(right=False)
     written = completion.token_ids[:-1]  # all but the end token
     plain, shown = (tokenizer.decode(written, skip_special_tokens=skip) for skip in (True, False))
-    solution = None if completion.truncated or plain != shown else solution_of(text, template)
-    if solution is None:
-        return Sample(right=True)
-    ids, completion_mask = training_ids(tokenizer, template, {**row, "solution": solution})
-    return Sample(True, solution, sum(completion_mask)) if len(ids) <= max_tokens else Sample(right=True)
+    return Sample(True, None if completion.truncated or plain != shown else solution_of(text, template))
+
+
+def _fitting(sample: Sample, ids: list[int], completion_mask: list[int], max_tokens: int) -> Sample:
+    """`sample` with its tokens; without its solution if prompt and completion are more than `max_tokens`."""
+    return sample._replace(tokens=sum(completion_mask)) if len(ids) <= max_tokens else Sample(right=True)
 
 
 def _targets(rows: list[dict], drawn: list[list[Sample]]) -> tuple[list[dict], dict[str, Any]]:

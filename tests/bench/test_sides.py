@@ -62,7 +62,7 @@ def test_the_small_tokenizer_serves_every_template():
 
 def test_sft_sides_count_the_same_tokens_and_no_padding(setup):
     passes = run(sft.stage(setup, 8, BOTH, batch=4))  # two updates
-    sizes = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in sft.make_rows(setup, 8)]
+    sizes = [len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, sft.make_rows(setup, 8))]
     assert [each.tokens for each in passes] == [sum(sizes)] * 3 and sum(sizes) < 8 * max(sizes)
     assert all(each.seconds > 0 and each.setup > 0 for each in passes)
 
@@ -70,7 +70,7 @@ def test_sft_sides_count_the_same_tokens_and_no_padding(setup):
 def test_sft_warm_up_updates_are_not_counted(setup, monkeypatch):
     monkeypatch.setitem(sft.WARM_UP, "cpu", 1)
     model, rows = load(setup, quantised=True), sft.make_rows(setup, 16)
-    sizes = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows]
+    sizes = [len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, rows)]
     one = sft.run(setup, lambda data: sft.ours(setup, model, data, sft.settings()), rows)
     # 8 of the 16 rows, whichever the seed drew: between the 8 shortest and the 8 longest
     assert sum(sorted(sizes)[:8]) <= one.tokens <= sum(sorted(sizes)[8:]) < sum(sizes)
@@ -79,7 +79,7 @@ def test_sft_warm_up_updates_are_not_counted(setup, monkeypatch):
 def test_sft_rows_have_the_stored_lengths(setup):
     rows = sft.make_rows(setup, 50)
     stored = [sum(pair) for pair in lengths(50)]
-    found = [len(training_ids(setup.tokenizer, setup.template, row)[0]) for row in rows]
+    found = [len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, rows)]
     assert mean(found) == pytest.approx(mean(stored), rel=0.05)
 
 
@@ -102,7 +102,7 @@ def test_the_limit_of_sft_by_hand(setup):
     head = 32 * len(tiny_tokenizer())
     assert setup.shape == Shape(2 * layer, head, 2 * 2 * 2 * 8, len(tiny_tokenizer()))
     row = {"id": "a", "question": "How many?", "solution": "Seven.", "gold_answer": "7"}
-    ids, mask = training_ids(setup.tokenizer, setup.template, row)
+    (ids, mask), = training_ids(setup.tokenizer, setup.template, [row])
     seconds = 4 * (2 * layer * len(ids) + head * sum(mask)) / 1e9
     assert sft.limit(setup, [row]) == pytest.approx(len(ids) / seconds) and 0 < sum(mask) < len(ids)
 
@@ -121,7 +121,7 @@ def test_a_side_without_a_speedup_is_measured_by_one_command(base, monkeypatch, 
 
 
 @pytest.mark.parametrize("stage, name, other", [
-    (sft.stage, "looper.sft.training_ids", lambda *given: (ids := training_ids(*given)[0], [1] * len(ids))),
+    (sft.stage, "looper.sft.training_ids", lambda *given: [(ids, [1] * len(ids)) for ids, _ in training_ids(*given)]),
     (ppo.stage, "looper.ppo_math.whiten", lambda advantages, mask: 2 * advantages * mask),
 ])
 def test_the_gates_see_another_result_without_a_speedup(setup, monkeypatch, stage, name, other):

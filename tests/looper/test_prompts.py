@@ -62,7 +62,7 @@ def test_token_ids_decode_to_the_golden_texts(name, tokenizer):
 @each_template
 def test_the_mask_is_on_the_completion_and_its_end_token(name, tokenizer):
     neutral, _, completion = GOLDEN[name]
-    ids, mask = training_ids(tokenizer, TEMPLATES[name], ROW)
+    (ids, mask), = training_ids(tokenizer, TEMPLATES[name], [ROW])
     assert len(ids) == len(mask) and mask == sorted(mask), "zeros, then ones"
     trained = [token for token, bit in zip(ids, mask, strict=True) if bit]
     assert tokenizer.decode(trained) == completion
@@ -74,14 +74,14 @@ def test_the_mask_is_on_the_completion_and_its_end_token(name, tokenizer):
 @each_template
 def test_training_begins_where_generation_does(name, tokenizer):
     """The prompt's tokens in training are those that generation is given: no merge over the boundary."""
-    ids, mask = training_ids(tokenizer, TEMPLATES[name], ROW)
+    (ids, mask), = training_ids(tokenizer, TEMPLATES[name], [ROW])
     assert ids[:mask.index(1)] == prompt_ids(tokenizer, TEMPLATES[name], ROW["question"])
 
 
 @each_template
 def test_an_answer_has_its_prefill_and_no_special_tokens(name, tokenizer):
     template = TEMPLATES[name]
-    ids, mask = training_ids(tokenizer, template, ROW)
+    (ids, mask), = training_ids(tokenizer, template, [ROW])
     expected = GOLDEN[name][2].removesuffix(END[name])
     prefill = "<think>\n" if name == "deepseek_r1" else ""
     assert answer_text(tokenizer, template, ids[mask.index(1):]) == prefill + expected

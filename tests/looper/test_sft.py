@@ -66,8 +66,8 @@ def train(tokenizer, tmp_path, monkeypatch):
 def plain_loss(tokenizer, rows, loss_on, template=CHATML):
     """Mean cross-entropy over the trained tokens, a row at a time: no padding, no mask, no TRL."""
     model, total, count = tiny_model(), 0.0, 0
-    for row in rows:
-        ids, mask = (torch.tensor(each) for each in training_ids(tokenizer, template, row))
+    for encoded in training_ids(tokenizer, template, rows):
+        ids, mask = map(torch.tensor, encoded)
         with torch.no_grad():
             logprobs = torch.log_softmax(model(ids[None]).logits[0, :-1], -1)
         losses = -logprobs[torch.arange(len(ids) - 1), ids[1:]]
@@ -98,8 +98,8 @@ def test_labels_are_the_completion_and_its_end_token(train, tokenizer, name):
     assert batch["input_ids"].shape == batch["labels"].shape
     assert (batch["attention_mask"] == 0).any(), "there is padding"
     in_batch = zip(batch["input_ids"], batch["labels"], strict=True)
-    for row, prepared, (ids, labels) in zip(rows, trainer.train_dataset, in_batch, strict=True):
-        expected, mask = training_ids(tokenizer, template, row)
+    together = zip(rows, training_ids(tokenizer, template, rows), trainer.train_dataset, in_batch, strict=True)
+    for row, (expected, mask), prepared, (ids, labels) in together:
         expected_labels = [token if bit else -100 for token, bit in zip(expected, mask, strict=True)]
         assert prepared["input_ids"] == expected and prepared["labels"] == expected_labels
         assert ids.tolist()[:len(expected)] == expected and labels.tolist()[:len(expected)] == expected_labels
@@ -158,9 +158,9 @@ def test_the_loss_falls_and_the_end_is_learnt(train, tokenizer):
     weights, metrics, trainer, _ = train(rows, settings)
     assert metrics["loss"]["first_tenth"] > 5.5 and metrics["loss"]["last_tenth"] < 2
     assert (metrics["steps"], metrics["rows"]) == (20, 8) and metrics["tokens"] == sum(
-        len(training_ids(tokenizer, CHATML, row)[0]) for row in rows)
+        len(ids) for ids, _ in training_ids(tokenizer, CHATML, rows))
     assert len(weights) == 28 and all(parameter.dtype is torch.float32 for parameter in weights.values())
-    ids, _ = training_ids(tokenizer, CHATML, rows[0])
+    ids, _ = training_ids(tokenizer, CHATML, rows)[0]
     with torch.no_grad():
         end = trainer.model.eval()(torch.tensor([ids[:-1]])).logits[0, -1].argmax().item()
     assert end == ids[-1] == tokenizer.eos_token_id, "after the answer the model stops"
@@ -199,7 +199,7 @@ def test_auto_takes_as_many_rows_a_pass_as_fit(train, monkeypatch, capsys, token
     """The longest rows are tried, and nothing of the trial is left: the update is that of the number given by hand."""
     rows, settings = tiny_rows(16), {"lora": {"dropout": 0.3}, "learning_rate": 1e-3}
     expected, metrics, _, _ = train(rows, tiny_sft(**settings, micro_batch=4), name="expected")
-    longest = sorted((len(training_ids(tokenizer, CHATML, row)[0]) for row in rows), reverse=True)
+    longest = sorted((len(ids) for ids, _ in training_ids(tokenizer, CHATML, rows)), reverse=True)
     tried = fail_above(monkeypatch, 4 * longest[0])
     capsys.readouterr()
     found, found_metrics, trainer, _ = train(rows, tiny_sft(**settings, micro_batch="auto"), name="found")
@@ -277,7 +277,7 @@ def test_equal_runs_are_equal_and_another_seed_is_not(train):
 
 def test_a_row_that_is_too_long_is_refused(train, tokenizer, tmp_path):
     rows = tiny_rows(8)
-    length, longest = max((len(training_ids(tokenizer, CHATML, row)[0]), row["id"]) for row in rows)
+    length, longest = max((len(ids), row["id"]) for row, (ids, _) in zip(rows, training_ids(tokenizer, CHATML, rows)))
     assert len(tokenize(tokenizer, CHATML, rows, length)) == 8
     with pytest.raises(ValueError, match=f"{longest} is {length} tokens, sft.max_tokens is {length - 1}; raise"):
         train(rows, tiny_sft(max_tokens=length - 1))

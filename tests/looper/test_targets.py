@@ -96,7 +96,7 @@ def test_a_self_row_is_trained_to_end_in_one_marker_the_gold_and_the_end_token(d
     think = "Seven.\n</think>\n\n" if name == "deepseek_r1" else "Seven.\n"
     targets, _ = draw([["2"], ["4"], [f"{think}#### 7.0"]], template=template)
     assert [row["target"] for row in targets] == ["gold", "gold", "self"]
-    ids, mask = training_ids(tokenizer, template, targets[2])
+    (ids, mask), = training_ids(tokenizer, template, targets[2:])
     completion = tokenizer.decode([token for token, trained in zip(ids, mask) if trained])
     assert completion == f"{think}#### 7{template.end}" and ids[-1] in end_token_ids(tokenizer, template)
 
@@ -123,7 +123,8 @@ def test_wrong_samples_have_no_part_in_the_median(draw):
 
 def test_a_sample_that_would_make_too_long_a_row_is_not_kept(draw, tokenizer):
     long = {**ROWS[0], "solution": "xxxxxxxxxxxxxxxx 3"}
-    fits = len(training_ids(tokenizer, CHATML, long)[0])
+    (ids, _), = training_ids(tokenizer, CHATML, [long])
+    fits = len(ids)
     assert draw([[long["solution"]]], rows=ROWS[:1], max_tokens=fits)[0] == [{**long, "target": "self"}]
     targets, metrics = draw([[long["solution"]]], rows=ROWS[:1], max_tokens=fits - 1)
     assert targets == [{**ROWS[0], "target": "gold"}] and metrics["right_share"] == 1.0
