@@ -85,6 +85,8 @@ def training_ids(tokenizer: Tokenizer, template: Template, rows: list[dict]) -> 
     Prompt and completion are encoded apart, so that the boundary falls exactly where generation begins; the mask is 1 on
     the completion, its end token included: a model that never sees the end in its labels does not learn to stop.
     """
+    if not rows:
+        return []  # the tokenizer takes no empty list
     prompts = [template.prompt(tutoring_text(row["question"])) for row in rows]
     completions = [template.completion(row["solution"], row["gold_answer"]) for row in rows]
     # All texts in one call: the tokenizer spreads them over the processor's cores

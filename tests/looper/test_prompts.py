@@ -78,6 +78,13 @@ def test_training_begins_where_generation_does(name, tokenizer):
     assert ids[:mask.index(1)] == prompt_ids(tokenizer, TEMPLATES[name], ROW["question"])
 
 
+def test_rows_are_encoded_together_as_each_by_itself(tokenizer):
+    rows = [ROW, {**ROW, "question": "How many?", "solution": "Seven."}]
+    template = TEMPLATES["chatml"]
+    assert training_ids(tokenizer, template, rows) == [training_ids(tokenizer, template, [row])[0] for row in rows]
+    assert training_ids(tokenizer, template, []) == []
+
+
 @each_template
 def test_an_answer_has_its_prefill_and_no_special_tokens(name, tokenizer):
     template = TEMPLATES[name]
