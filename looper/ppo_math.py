@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from looper import compiling
 
 EPSILON = 1e-8  # keeps whitening finite where a batch has no variance
-CERTAIN = -1e-6  # a log-probability in float32 says no more about how near to 1 a probability is
 
 
 class _Logits(torch.autograd.Function):
@@ -110,19 +109,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Literal["k1",
     """
     log_ratio = ref_logprobs - logprobs
     return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
-
-
-def two_outcome_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """KL(π‖π_ref) at each token, of two outcomes, this token and any other: p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)).
-
-    p = π, q = π_ref, both of the written token; all [B, T]. Differentiable, never negative, and at most the KL of the
-    whole distributions (data processing inequality). It sees what k1 of stored tokens cannot: where the reference is
-    certain, mass that π moves to tokens which nobody wrote.
-    """
-    logprobs, ref_logprobs = logprobs.clamp(max=CERTAIN), ref_logprobs.clamp(max=CERTAIN)
-    other, ref_other = (torch.log(-torch.expm1(each)) for each in (logprobs, ref_logprobs))
-    p = logprobs.exp()
-    return p * (logprobs - ref_logprobs) + (1 - p) * (other - ref_other)
 
 
 def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:

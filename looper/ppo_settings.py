@@ -48,7 +48,7 @@ class PPOSettings:
     """What `looper.ppo.train_ppo` trains with. Defaults are those of the platinum profile.
 
     credit: `question` = one arm a question, drawn with `seed`, paid the group's reward R through critic and GAE;
-        `arm` = every arm, with its leave-one-out advantage on each of its tokens, no critic; the KL is in the loss.
+        `arm` = every arm, with its leave-one-out advantage on each of its tokens, no critic.
     batch_size, mini_batch_size: samples a PPO batch (old log-probabilities, whitening, β) and an optimiser step.
     ppo_epochs, epochs: passes over each batch, and over all the stored rollouts.
     clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high].

@@ -40,7 +40,6 @@ class Batch(NamedTuple):
     mask: Tensor
     old_logprobs: Tensor
     old_values: Tensor
-    reference: Tensor  # the reference's log-probabilities
     advantages: Tensor
     returns: Tensor
     weights: Tensor
@@ -128,25 +127,27 @@ class OfflinePPOTrainer(Trainer):
     # ---- one PPO batch ----
 
     def _start_batch(self, step: Step) -> Batch:
-        """π_old and the advantages of a batch, under the policy as it is now."""
+        """π_old, the penalised rewards and the advantages of a batch, under the policy as it is now."""
         settings, device = self.settings, self.args.device
         samples = [self.samples[i] for i in step.batch]
         mask = collate(samples, device).mask
         old_logprobs, old_values = self._evaluate_batch(step.batch)
         reference = padded([self.reference[i] for i in step.batch], torch.float32).to(device)
         behaviour = padded([sample.behaviour_logprobs for sample in samples], torch.float32).to(device)
+        # k1 is signed: as a reward it draws π back whichever way it moved. k3 would push down what is already unlearnt
+        penalty = ppo_math.kl_estimate(old_logprobs, reference, "k1")
         if settings.credit == "question":
             scores = torch.tensor([sample.reward for sample in samples], device=device)
-            # k1 is signed: as a reward it draws π back whichever way it moved. k3 would push down what is already unlearnt
-            penalty = ppo_math.kl_estimate(old_logprobs, reference, "k1")
             rewards = ppo_math.token_rewards(penalty, scores, mask, self.kl.beta)
             advantages, returns = ppo_math.gae(rewards, old_values, mask, settings.gamma, settings.lam)
             advantages = ppo_math.whiten(advantages, mask)
         else:
             # The leave-one-out advantage has its baseline already: no critic, and no shift that could turn its sign
+            rewards = ppo_math.token_rewards(penalty, torch.zeros(len(samples), device=device), mask, self.kl.beta)
+            returns = torch.zeros_like(rewards)
+            penalties, _ = ppo_math.gae(rewards, returns, mask, settings.gamma, settings.lam)
             scores = torch.tensor([sample.advantage for sample in samples], device=device)
-            returns = torch.zeros_like(old_logprobs)
-            advantages = ppo_math.scale_to_unit(scores[:, None] * mask, mask)
+            advantages = ppo_math.scale_to_unit((scores[:, None] + penalties) * mask, mask)
         weights = ppo_math.importance_weights(old_logprobs, behaviour, mask, settings.importance_cap)
         # Drift is measured from the reference's side, KL(π_ref‖π_old): the responses were drawn near the reference, so
         # that this estimate is sound and never negative. log π_old − log π_ref falls below 0 as bad ones are unlearnt.
@@ -156,7 +157,7 @@ class OfflinePPOTrainer(Trainer):
             self._add(explained_variance=ppo_math.explained_variance(old_values, returns, mask).item())
         limit = settings.kl.stop_multiple
         self.stopped_early = limit is not None and drift > limit * settings.kl.target
-        return Batch(mask, old_logprobs, old_values, reference, advantages, returns, weights)
+        return Batch(mask, old_logprobs, old_values, advantages, returns, weights)
 
     def training_step(self, model: PolicyWithValue, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         step = self.plan[inputs["step"]]
@@ -185,8 +186,7 @@ class OfflinePPOTrainer(Trainer):
 
     def compute_loss(self, model: PolicyWithValue, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Tensor:
-        """The loss of one mini-batch: the clipped surrogate, plus the weighted value loss under question credit, or the
-        weighted KL under arm credit."""
+        """The loss of one mini-batch: the clipped surrogate, plus the weighted value loss under question credit."""
         step, settings = self.plan[inputs["step"]], self.settings
         rows, weight = self._share_of(step)
         tokens = collate([self.samples[step.batch[row]] for row in rows], self.args.device)
@@ -203,12 +203,6 @@ class OfflinePPOTrainer(Trainer):
             value = ppo_math.value_loss(values, batch.old_values, batch.returns, batch.mask, settings.value_clip)
             loss = loss + settings.value_coef * value.loss
             means |= {"value_loss": value.loss, "value_clip_fraction": value.clip_fraction}
-        else:
-            # Not in the reward: most arms are wrong, and k1 holds a punished token only after it has fallen by nats.
-            # Of the end of an answer, which the reference is sure of, none is left by then.
-            kl = ppo_math.masked_mean(ppo_math.two_outcome_kl(logprobs, batch.reference), batch.mask)
-            loss = loss + self.kl.beta * kl
-            means |= {"kl_loss": kl}
         # All at once: a GPU waits for each number that is asked of it
         parts = [weight * mean for mean in torch.stack([*means.values(), loss]).tolist()]
         whole = total(torch.tensor(parts, dtype=torch.float64)).tolist()

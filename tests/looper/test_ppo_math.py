@@ -128,36 +128,6 @@ def test_kl_estimates_are_those_of_trl_and_unbiased(case):
             assert (estimate >= 0).all()
 
 
-def test_two_outcome_kl_by_hand():
-    # 1/2·ln 2 + 1/2·ln(2/3), and 9/10·ln(10/11) + 1/10·ln 10
-    close(ppo_math.two_outcome_kl(torch.tensor([0.5, 0.9]).log(), torch.tensor([0.25, 0.99]).log()),
-          [0.5 * math.log(4 / 3), 0.9 * math.log(10 / 11) + 0.1 * math.log(10)])
-
-
-def test_two_outcome_kl_is_at_most_that_of_the_whole_distributions(case):
-    p, q = (np.exp(case[name][0]) / np.exp(case[name][0]).sum() for name in ("logprobs", "ref"))
-    whole = (p * np.log(p / q)).sum()
-    parts = ppo_math.two_outcome_kl(torch.tensor(np.log(p)), torch.tensor(np.log(q)))
-    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
-    close(parts, expected)
-    assert (parts > 0).all() and (parts <= whole).all()
-
-
-def test_two_outcome_kl_draws_by_the_difference_of_log_odds():
-    logprobs, ref = torch.tensor([0.9, 0.2, 0.5]).double().log().requires_grad_(), torch.tensor([0.999, 0.1, 0.5]).double().log()
-    gradient, = torch.autograd.grad(ppo_math.two_outcome_kl(logprobs, ref).sum(), logprobs)
-    p, q = logprobs.detach().exp(), ref.exp()
-    torch.testing.assert_close(gradient, p * (torch.logit(p) - torch.logit(q)), rtol=1e-6, atol=1e-9)
-
-
-def test_two_outcome_kl_is_finite_where_a_token_is_certain():
-    logprobs = torch.tensor([0.0, 1e-7, -1e-9, -80.0, 0.0], requires_grad=True)
-    kl = ppo_math.two_outcome_kl(logprobs, torch.tensor([0.0, 0.0, 0.0, 0.0, -80.0]))
-    gradient, = torch.autograd.grad(kl.sum(), logprobs)
-    assert kl[:3].eq(0).all() and kl.isfinite().all() and gradient.isfinite().all()
-    torch.testing.assert_close(kl[3:].double(), tensor([6 * math.log(10), 80.0]), rtol=1e-5, atol=0)  # 1 − 10⁻⁶ counts as 1
-
-
 # ---- rewards and GAE ----
 
 
