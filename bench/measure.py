@@ -169,13 +169,13 @@ def _start_memory() -> int:
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    return torch.cuda.memory_reserved()
 
 
 def _peak_memory() -> int:
     import torch
 
-    return torch.cuda.max_memory_allocated() if _cuda() else 0
+    return torch.cuda.max_memory_reserved() if _cuda() else 0  # what graphs compute in is reserved alone
 
 
 def _bytes(model: "torch.nn.Module") -> int:

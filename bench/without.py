@@ -4,7 +4,7 @@ On a processor, or without a base in four bits, most of them are not there to be
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,8 +24,9 @@ SPEEDUPS = {
         ("looper.compiling.compiles_on", "looper.decoding.compiles_on"), lambda device: False)),
     "filling": Speedup(("sft", "ppo"), dict.fromkeys(
         ("looper.packing.filling", "looper.ppo_data.filling"), lambda tokens, device: 0)),
-    "one_wait": Speedup(("sft",), {"looper.sft._one_wait_an_update": lambda on_gpu: nullcontext()}),
-    # Compiling goes with it: looper.layers leaves layers in four bits plain
+    # In training the decoder layers' passes: launched as one, for each size of pass
+    "graphs": Speedup(("sft", "ppo"), {"looper.graphs.graphs": lambda layers: False}),
+    # Compiling and graphs go with it: looper.layers leaves layers in four bits plain
     "unpacking": Speedup(("sft", "ppo"), dict.fromkeys(
         ("looper.sft.unpack_if_room", "looper.ppo.unpack_if_room"), lambda model: None), own_model=True),
 }

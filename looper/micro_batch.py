@@ -11,8 +11,8 @@ from looper.distributed import gathered, rank, share, world
 def fitting_passes(trainer: SFTTrainer, batch_size: int) -> int:
     """The fewest passes of equal size that make an update of `batch_size` rows and whose longest rows fit; says so.
 
-    Each is tried: forward and backward, beside room for the optimiser's state. Trying leaves neither gradients nor random
-    numbers behind. On the CPU, where the system would end the process rather than say that memory is short, it is one pass.
+    Each is tried: forward and backward, beside room for the optimiser's state, two numbers a weight. Trying leaves neither
+    gradients nor random numbers behind. On the CPU, where the system would end the process rather than say that memory is short, it is one pass.
     Raises ValueError if not even a row a process fits.
     """
     rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]), reverse=True)[:batch_size]
@@ -38,7 +38,8 @@ def _fits(trainer: SFTTrainer, rows: Sequence[dict]) -> bool:
         (enable or model.gradient_checkpointing_enable)()
     try:
         with torch.random.fork_rng(), trainer.accelerator.autocast():
-            room = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad]
+            room = [torch.empty_like(parameter) for parameter in model.parameters() if parameter.requires_grad
+                    for _ in range(2)]
             inputs = trainer._prepare_inputs(trainer.data_collator(list(rows)))
             model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum().backward()  # as TRL trains
         return True

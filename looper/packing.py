@@ -18,8 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 ATTENTION = "looper_rows"
 IGNORED = -100  # the label of a position that is not learned
-# On a GPU a pass has a multiple of so many tokens: for each new size of a matrix product cuBLAS first looks for a kernel,
-# and few sizes come again and again. A row of nothing but filling makes it up.
+# On a GPU a pass has a multiple of so many tokens, a large one of an eighth of the power of two below it: few sizes come
+# again and again. For each new one cuBLAS looks for its kernels and looper.graphs records a graph. A row of nothing but
+# filling makes it up.
 PASS_TOKENS = 128
 HEAD_POSITIONS = 128  # whose logits exist at once: 25 MB at 49,152 tokens, which the cache of a processor holds
 # Models with full attention whose logits are hidden states times the head's weights, and nothing else.
@@ -51,7 +52,10 @@ def rows_of(lengths: list[int], device: torch.device) -> Rows:
 
 def filling(tokens: int, device: torch.device) -> int:
     """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing."""
-    return PASS_TOKENS - tokens % PASS_TOKENS if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    step = max(PASS_TOKENS, 1 << tokens.bit_length() >> 4)
+    return step - tokens % step
 
 
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from looper.determinism import deterministic
 from looper.distributed import rank
 from looper.files import replacing
+from looper.graphs import graphed_layers
 from looper.layers import compiled_layers
 from looper.live import show_progress
 from looper.nf4 import unpack_if_room
@@ -33,7 +34,7 @@ def train_ppo(model: PeftModel, samples: Sequence[PPOSample], settings: PPOSetti
     """
     policy = PolicyWithValue(model, settings.gradient_checkpointing)
     unpack_if_room(model)
-    with deterministic(), compiled_layers(policy):
+    with deterministic(), compiled_layers(policy), graphed_layers(policy, settings.gradient_checkpointing):
         trainer = OfflinePPOTrainer(policy, samples, settings, scratch, callbacks)
         show_progress(trainer, "ppo")
         trainer.train(resume_from_checkpoint=last_checkpoint(scratch))

@@ -107,7 +107,7 @@ def test_a_failed_gate_takes_the_ratio_away_and_ends_with_1(clock, monkeypatch, 
     (["--stage", "sft,fly"], "fly is none of sft,rollouts,ppo,eval,score"),
     (["--against", "b3"], "b3 is none of b1,b2"),
     (["--against", "none,b1"], "none is none of b1,b2"),
-    (["--without", "b1"], "b1 is none of compiling,filling,one_wait,unpacking"),
+    (["--without", "b1"], "b1 is none of compiling,filling,graphs,unpacking"),
     (["--batch", "0"], "0 is not a positive whole number"),
     (["--rows", "0"], "0 is not a positive whole number"),
 ])

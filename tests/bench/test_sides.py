@@ -67,11 +67,10 @@ def test_sft_sides_count_the_same_tokens_and_no_padding(setup):
     assert all(each.seconds > 0 and each.setup > 0 for each in passes)
 
 
-def test_sft_warm_up_updates_are_not_counted(setup, monkeypatch):
-    monkeypatch.setitem(sft.WARM_UP, "cpu", 1)
+def test_sft_warm_up_updates_are_not_counted(setup):
     model, rows = load(setup, quantised=True), sft.make_rows(setup, 16)
     sizes = [len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, rows)]
-    one = sft.run(setup, lambda data: sft.ours(setup, model, data, sft.settings()), rows)
+    one = sft.run(setup, lambda data: sft.ours(setup, model, data, sft.settings()), rows, 1)
     # 8 of the 16 rows, whichever the seed drew: between the 8 shortest and the 8 longest
     assert sum(sorted(sizes)[:8]) <= one.tokens <= sum(sorted(sizes)[8:]) < sum(sizes)
 
@@ -87,7 +86,7 @@ def test_sft_refuses_a_count_that_is_not_the_rows(setup):
     rows = sft.make_rows(setup, 32)
     model = load(setup, quantised=True)
     with pytest.raises(ValueError, match="padding must not count"):
-        sft.run(setup, lambda _: sft.ours(setup, model, rows[:24], sft.settings()), rows)
+        sft.run(setup, lambda _: sft.ours(setup, model, rows[:24], sft.settings()), rows, 0)
 
 
 def test_the_sft_gate_sees_another_loss(setup, monkeypatch):

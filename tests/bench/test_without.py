@@ -10,7 +10,7 @@ from tiny import tiny_model
 from bench import generation, ppo, sft
 from bench.without import SPEEDUPS, switched_off
 from bench.workload import load, with_adapter
-from looper import compiling, decoding, layers, packing, ppo_data
+from looper import compiling, decoding, graphs, layers, packing, ppo_data
 from looper import ppo as looper_ppo
 from looper import sft as looper_sft
 
@@ -50,14 +50,11 @@ def test_without_filling_passes_on_a_gpu_stay_as_long_as_they_are():
         assert [module.filling(100, CUDA) for module in modules] == [0, 0]
 
 
-def test_without_one_wait_bitsandbytes_waits_after_each_weight():
-    from bitsandbytes.optim import optimizer
-
-    waits = optimizer.sync_gpu
-    with looper_sft._one_wait_an_update(True):
-        assert optimizer.sync_gpu is not waits
-    with switched_off("one_wait"), looper_sft._one_wait_an_update(True):
-        assert optimizer.sync_gpu is waits
+def test_without_graphs_layers_that_could_be_recorded_are_not():
+    layers = [layer()]
+    assert graphs.graphs(layers)
+    with switched_off("graphs"):
+        assert not graphs.graphs(layers)
 
 
 class TrainingBegins(Exception):
@@ -90,7 +87,8 @@ def test_a_speedup_that_is_no_longer_there_cannot_be_switched_off(monkeypatch):
 # ---- the sides ----
 
 @pytest.mark.parametrize("make, names", [
-    (sft.stage, ["compiling", "filling", "one_wait", "unpacking"]), (ppo.stage, ["compiling", "filling", "unpacking"]),
+    (sft.stage, ["compiling", "filling", "graphs", "unpacking"]),
+    (ppo.stage, ["compiling", "filling", "graphs", "unpacking"]),
     (generation.rollouts, ["compiling"]), (generation.evaluation, ["compiling"]),
 ])
 def test_a_stage_has_a_side_without_each_speedup_of_its_own(setup, make, names):
@@ -109,7 +107,7 @@ def test_a_side_runs_without_its_speedup_on_its_own_model(setup, monkeypatch, mo
 
     seen = []
     monkeypatch.setattr(module, "ours", ours)
-    monkeypatch.setattr(sft, "run", lambda setup, train, rows: train(rows))  # its clock needs updates
+    monkeypatch.setattr(sft, "run", lambda setup, train, rows, warm_up: train(rows))  # its clock needs updates
     monkeypatch.setattr(generation, "count", lambda written, rows: 1)
     for side in make(setup, 8, [], list(SPEEDUPS)).sides:
         side.run()

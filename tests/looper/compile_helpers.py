@@ -18,7 +18,7 @@ def _probabilities(query, key, starts, scale):
 def rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int,
          scale: float) -> torch.Tensor:
     """What PyTorch's operator of the flash kernel computes; each [tokens, heads, dim]."""
-    assert all(each.is_contiguous() for each in (query, key, value)) and starts.diff().max() == longest
+    assert all(each.is_contiguous() for each in (query, key, value)) and starts.diff().max() <= longest
     out = torch.einsum("hab,bhd->ahd", _probabilities(query, key, starts, scale), value.float())
     return out.to(query.dtype).contiguous()
 

@@ -1,0 +1,162 @@
+"""The decoder layers of a model in training as CUDA graphs: all kernels of a pass are launched at once.
+
+Python takes longer to launch the thousand small kernels of a pass, LoRA's above all, than a GPU to compute them. A graph
+is recorded for each size of pass, of which looper.packing leaves few.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from looper.distributed import world
+from looper.layers import compiles
+from looper.packing import Rows
+
+
+@contextmanager
+def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Within the block the decoder layers of `model` are launched as graphs where `graphs` says so.
+
+    A forward pass must be done with, its backward pass too if it has one, before the next begins: the graphs of all sizes
+    compute in the same memory. checkpointing: whether activations are to be computed again, which leaves layers as they are.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if checkpointing or not graphs(layers):
+        yield
+        return
+    whole = Layers(layers)
+    # The model calls its layers one by one: the first does the work of all, the others hand it on. Their classes stay: for
+    # other ones the compiler would make other programs
+    layers[0].forward = whole
+    for layer in layers[1:]:
+        layer.forward = lambda hidden, **given: hidden
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        whole.passes.clear()  # they hold each other, and the memory
+
+
+def graphs(layers: Sequence[GradientCheckpointingLayer]) -> bool:
+    """Whether `layers` are launched as graphs: where they are compiled, in one process, whose gradients nobody waits for."""
+    return bool(layers) and world() == 1 and all(map(compiles, layers))
+
+
+class Layers:
+    """All decoder layers as one function. The gradients of their parameters stand in fixed places from its first pass on."""
+
+    def __init__(self, layers: Sequence[GradientCheckpointingLayer]) -> None:
+        self.layers = [partial(type(layer).forward, layer) for layer in layers]
+        self.parameters = [each for layer in layers for each in layer.parameters() if each.requires_grad]
+        self.gradients = [torch.zeros_like(each) for each in self.parameters]
+        self.passes: dict[tuple[int, int, int], Pass] = {}  # by size
+        self.memory: Any = None  # of the graphs
+        self.stream = torch.cuda.Stream() if self.gradients[0].is_cuda else None  # on which all of them are recorded
+        self.begun = 0  # forward passes
+
+    def __call__(self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], rows: Rows, **_: Any) -> Tensor:
+        """hidden [1, tokens, width] → the same. What a model gives its layers besides, `PLAIN` ones do not read."""
+        longest = 1 << (rows.longest - 1).bit_length()  # attention needs a bound alone: few bounds make few graphs
+        size = hidden.shape[1], len(rows.starts), longest
+        if size not in self.passes:
+            self.passes[size] = Pass(self, hidden, position_embeddings, Rows([], rows.starts, longest))
+        # Embeddings are frozen. What comes out has a gradient nevertheless: the parameters' is made on its way back
+        return _Replay.apply(hidden.detach().requires_grad_(), self, self.passes[size], position_embeddings, rows.starts)
+
+    def take_gradients(self) -> None:
+        """The parameters' gradients are those in the fixed places, from 0 on if they had none."""
+        if self.parameters[0].grad is None:
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+
+
+class Pass:
+    """The layers at one size: what a graph reads and writes stands in fixed places."""
+
+    def __init__(self, layers: Layers, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Rows) -> None:
+        self.layers = layers
+        self.hidden = hidden.detach().clone().requires_grad_()  # as what comes into any other layer: one program for all
+        self.position_embeddings = tuple(each.detach().clone() for each in position_embeddings)
+        self.rows = rows._replace(starts=rows.starts.clone())
+        self.gradient = torch.zeros_like(hidden)  # of the loss by self.out
+        with _leaving_no_trace(hidden.device):
+            with _on(layers.stream):  # the first time compiles, and libraries take what they need
+                self._forward()
+                self._gradients()
+            torch.cuda.empty_cache()  # the graphs have memory of their own, and take nothing that is left of this
+            self.forward = record(self._forward, layers)
+            self.backward = record(self._backward, layers)
+
+    @torch.enable_grad()
+    def _forward(self) -> None:
+        out = self.hidden
+        for layer in self.layers.layers:
+            out = layer(out, attention_mask=None, position_embeddings=self.position_embeddings, rows=self.rows)
+        self.out = out
+
+    def _backward(self) -> None:
+        torch._foreach_add_(self.layers.gradients, self._gradients())
+
+    def _gradients(self) -> Sequence[Tensor]:
+        return torch.autograd.grad(self.out, self.layers.parameters, self.gradient)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layers: Layers, one: Pass, position_embeddings: tuple[Tensor, Tensor],
+                starts: Tensor) -> Tensor:
+        layers.begun += 1
+        ctx.layers, ctx.one, ctx.number = layers, one, layers.begun
+        torch._foreach_copy_([one.hidden, *one.position_embeddings], [hidden, *position_embeddings])
+        one.rows.starts.copy_(starts)
+        one.forward()
+        return one.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        if ctx.number != ctx.layers.begun:
+            raise RuntimeError("a pass through the layers began before the backward pass of the one before it: both compute "
+                               "in the same memory (looper/graphs.py); finish one first")
+        ctx.layers.take_gradients()
+        ctx.one.gradient.copy_(gradient)
+        ctx.one.backward()
+        return None, None, None, None, None
+
+
+def record(run: Callable[[], None], layers: Layers) -> Callable[[], None]:
+    """A function that has the GPU do again what `run` has it do."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=layers.memory, stream=layers.stream):
+        run()
+    layers.memory = graph.pool()
+    return graph.replay
+
+
+@contextmanager
+def _leaving_no_trace(device: torch.device) -> Iterator[None]:
+    """Random generators stand after the block where they stood before: a resumed run records at other times. What autocast
+    keeps is thrown away: in a graph it would stay as it is now."""
+    torch.clear_autocast_cache()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    torch.clear_autocast_cache()
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Within the block the GPU works on `stream`, after and before what it does on the current one; None: there is no GPU."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
