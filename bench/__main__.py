@@ -3,6 +3,9 @@
 B1 is what the libraries' documentation shows, B2 the best plain setting of the same libraries; `--without` adds this
 repository with one of its speedups switched off. A ratio is printed only if the stage's gates hold, which compare the
 results; if one fails the exit status is 1.
+
+Started by a launcher as several processes, they do each stage's work together, and the first one reports; `bench.gpus`
+compares that with one process. The plain way is one process: there is no ratio to it then.
 """
 
 import argparse
@@ -10,6 +13,8 @@ import io
 import json
 import os
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -18,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 from bench.measure import Gate, Measured, Stage, measure
 from bench.without import SPEEDUPS
 from looper.base_model import MANIFEST
+from looper.distributed import barrier, first_process_only, rank, start_processes, world
 from looper.params import load_params
-from looper.stage import OFFLINE, PRIVATE, TORCH
+from looper.stage import HEAD_START, OFFLINE, PRIVATE, TORCH
 
 if TYPE_CHECKING:
     from bench.workload import Setup
@@ -35,37 +41,27 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.environ.update(PRIVATE | OFFLINE | TORCH)
     try:
+        if "LOCAL_RANK" in os.environ:  # else start_processes might start several: a bench alone is one process
+            join(options)
         setup = prepare(options) if options.stage != ["score"] else None
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(HEAD_START)  # all may meet the same error: the first process says it, and its end ends the others
+        print(f"bench: {error}", file=sys.stderr, flush=True)
         return 2
     reports = [report(build(name, setup, options)) for name in options.stage]
+    processes = world()
+    first_process_only()
     if options.json:
-        content = {"machine": machine(setup), "model": options.model, "batch": options.batch, "stages": reports}
+        content = {"machine": machine(setup), "processes": processes, "model": options.model, "batch": options.batch,
+                   "stages": reports}
         options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0 if all(each["gates_hold"] for each in reports) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def one_of(names: tuple[str, ...]):
-        def several(text: str) -> list[str]:
-            if unknown := set(text.split(",")) - set(names):
-                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {','.join(names)}")
-            return list(dict.fromkeys(text.split(",")))
-        return several
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-        return int(text)
-
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument("--stage", type=one_of(STAGES), default=list(STAGES), help=f"some of {','.join(STAGES)}")
-    parser.add_argument("--model", default="models/base", help=f"a base model's folder, or {RANDOM_8B}: random weights")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too, every pass with them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    parser.add_argument("--rows", type=positive, help="rows a pass, instead of each stage's own number")
-    parser.add_argument("--batch", type=positive, default=8, help="rows an update of sft (default: 8)")
+    add_common(parser, STAGES)
     parser.add_argument("--against", type=lambda text: [] if text == "none" else one_of(("b1", "b2"))(text),
                         default=["b1", "b2"], help="b1, b2 or both, or none")
     parser.add_argument("--without", type=one_of(tuple(SPEEDUPS)), default=[],
@@ -73,22 +69,69 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def add_common(parser: argparse.ArgumentParser, stages: tuple[str, ...]) -> None:
+    """The arguments that `bench.gpus` takes too."""
+    parser.add_argument("--stage", type=one_of(stages), default=list(stages), help=f"some of {','.join(stages)}")
+    parser.add_argument("--model", default="models/base", help=f"a base model's folder, or {RANDOM_8B}: random weights")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there too, every pass with them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    parser.add_argument("--rows", type=positive, help="rows a pass, instead of each stage's own number")
+    parser.add_argument("--batch", type=positive, default=8, help="rows an update of sft (default: 8)")
+
+
+def one_of(names: tuple[str, ...]):
+    def several(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(names):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is none of {','.join(names)}")
+        return list(dict.fromkeys(text.split(",")))
+    return several
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def device(named: str | None) -> str:
+    """The device that was named, or cuda where there is one."""
+    if named:
+        return named
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def join(options: argparse.Namespace) -> None:
+    """This process, which a launcher started, joins the others.
+
+    Raises ValueError if there are several, and something is asked for that is one process's work.
+    """
+    options.device = device(options.device)
+    start_processes(load_params().model.model_copy(update={"device": options.device, "quantization": "none"}))
+    if world() > 1 and options.against:
+        raise ValueError(f"--against {','.join(options.against)} is one process's work, and a launcher started {world()}; "
+                         "give --against none, or start python -m bench without a launcher")
+    if world() > 1 and "score" in options.stage:
+        raise ValueError(f"--stage score is one process's work, and a launcher started {world()}; leave score out")
+
+
 def prepare(options: argparse.Namespace) -> "Setup":
     """The model's folder and the device's limits. On CUDA the 8B shape trains in NF4, another base as params.yaml says.
 
     Raises ValueError for a folder that is no base model, and for a params.yaml that is wrong.
     """
-    import torch
-
     from bench.workload import set_up
 
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.device = device(options.device)
     if options.model == RANDOM_8B:
         if options.device == "cpu":
             raise ValueError(f"--model {RANDOM_8B} needs a CUDA GPU; give the folder of a small model instead")
         from bench.random_8b import make_8b
 
-        make_8b(FOLDER_8B)
+        if rank() == 0:
+            make_8b(FOLDER_8B)
+        barrier()
     folder = FOLDER_8B if options.model == RANDOM_8B else Path(options.model)
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; --model must be a base model as the stage base leaves it: "
@@ -141,15 +184,21 @@ def table(stage: Stage, measured: list[Measured], gates: list[Gate]) -> str:
                       f"{side.setup:.1f}", "" if side.gib is None else f"{side.gib:.1f}",
                       f"{side.rate / stage.limit:.1%}" if stage.limit else "", ratio])
     kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines[1:])]  # no empty columns
-    widths = {i: max(len(line[i]) for line in lines) for i in kept}
-    cells = [[line[i].rjust(widths[i]) if i else line[i].ljust(widths[i]) for i in kept] for line in lines]
-    text = "\n".join("  ".join(line).rstrip() for line in cells)
+    text = aligned([[line[i] for i in kept] for line in lines])
     if stage.limit:
         text += f"\nlimit: {stage.limit:,.0f} {unit}/s"
     for gate in gates:
         verdict = "holds" if gate.holds else f"FAILED: exceeds the limit by {gate.found - gate.limit:.2e}"
         text += f"\ngate {gate.name}: {gate.found:.2e} (at most {gate.limit:.0e}): {verdict}"
     return f"\n{text}\n"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, the first one's text at the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [[cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))]
+             for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def machine(setup: "Setup | None") -> dict[str, Any]:
@@ -162,8 +211,8 @@ def machine(setup: "Setup | None") -> dict[str, Any]:
         return known
     import torch
 
-    device = torch.cuda.get_device_name() if setup.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": device, "dtype": str(setup.dtype), "quantization": setup.model.quantization,
+    name = torch.cuda.get_device_name() if setup.cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"device": name, "dtype": str(setup.dtype), "quantization": setup.model.quantization,
             "flops": setup.flops, "bandwidth": setup.bandwidth, **known}
 
 

@@ -7,6 +7,7 @@ a batch, so it takes a temperature's rows together and runs all to the longest; 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import groupby
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bench.measure import Gate, Side, Stage, timed
 from bench.without import switched_off, variants
 from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter
+from looper.distributed import gathered, share, world
 from looper.generation import Completion, generate
 from looper.prompts import prompt_ids
 from regime_w.arms import ARMS
@@ -67,10 +69,13 @@ def _stage(name: str, setup: Setup, rows: list[Row], against: list[str], without
     device = setup.model.device
     model = merged(setup)
     slower = list(variants(without, name, model, lambda: merged(setup)))
-    by_arm = sorted(rows, key=lambda row: row.temperature)
+    by_arm, mine = sorted(rows, key=lambda row: row.temperature), own_share(rows)
 
     def looper(called: str, write: Callable[..., list[Completion]]) -> Side:
-        return Side(called, lambda: timed(lambda: count(write(model, rows, BATCH[device]), rows)), [model])
+        def work() -> int:
+            return sum(gathered(count(write(model, mine, BATCH[device]), mine)))  # ends when every process has ended
+
+        return Side(called, lambda: timed(work), [model])
 
     sides = [looper("looper", ours)]
     if "b1" in against:
@@ -92,11 +97,17 @@ def _stage(name: str, setup: Setup, rows: list[Row], against: list[str], without
                      for gate in switched_off(each)(gates)(setup, model, rows)]
         return made
 
-    return Stage(name, sides, checked, limit(setup, rows, min(BATCH[device], len(rows))))
+    return Stage(name, sides, checked, limit(setup, rows, min(BATCH[device], ceil(len(rows) / world()))))
+
+
+def own_share(rows: Sequence[Row]) -> list[Row]:
+    """This process's rows. Those of one prompt stay together, as in a chunk: one process prefills it, and once."""
+    prompts = [list(some) for _, some in groupby(rows, key=lambda row: row.prompt)]
+    return [row for some in share(prompts) for row in some]
 
 
 def limit(setup: Setup, rows: Sequence[Row], batch: int) -> float:
-    """Tokens/s of a batch that is always full.
+    """Tokens/s of a batch that is always full; batch: of each process.
 
     Prefill at the peak of matrix products, then steps that read all weights and each row's keys and values once at the
     speed of a copy, or compute at that peak, whichever takes longer.

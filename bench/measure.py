@@ -9,8 +9,6 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +19,7 @@ PASSES = 3  # measured ones a side, after one to warm up
 class Pass(NamedTuple):
     """What one run of a side did: tokens (without padding; rows for `score`), and what it took."""
 
-    tokens: int
+    tokens: int  # of all processes, where several work together
     seconds: float
     cpu: float  # processor seconds of this process: what compares where other work shares the processor
     setup: float = 0.0  # seconds before the clock started: trainer, first updates, compilation
@@ -90,6 +88,8 @@ def measure(stage: Stage) -> list[Measured]:
     A side's peak memory is that of its own models and of what its passes add: the other sides' models, which are there
     too, do not count.
     """
+    from tqdm import tqdm  # not before this process knows whether others show their bars: looper.distributed
+
     plan = [*range(len(stage.sides)), *order(len(stage.sides))]
     passes: list[list[Pass]] = [[] for _ in stage.sides]
     peaks: list[list[float]] = [[] for _ in stage.sides]

@@ -168,7 +168,8 @@ def run(setup: Setup, train: Train, rows: list[dict], warm_up: int) -> Pass:
     given = sum(len(ids) for ids, _ in training_ids(setup.tokenizer, setup.template, rows))
     if clock.tokens[last] != given:
         raise ValueError(f"sft: the trainer counted {clock.tokens[last]} tokens in rows of {given}; "
-                         "padding must not count")
+                         "padding must not count, and of several processes each needs a row of every pass: make --batch "
+                         "and --rows multiples of their number")
     return Pass(given - clock.tokens[warm_up], clock.ended.wall - clock.begun.wall, clock.ended.cpu - clock.begun.cpu,
                 clock.begun.wall - started.wall)
 

@@ -15,6 +15,7 @@ from transformers import trainer as transformers_trainer
 
 from bench.measure import Gate, copy_bandwidth, peak_flops
 from looper.base_model import compute_dtype, load_base, load_tokenizer
+from looper.distributed import world
 from looper.params import Lora, Model
 from looper.prompts import TEMPLATES, Template
 
@@ -40,8 +41,8 @@ class Setup(NamedTuple):
     template: Template
     shape: Shape
     dtype: torch.dtype
-    flops: float  # FLOP/s of large matrix products in `dtype`
-    bandwidth: float  # bytes/s of a large copy, read and written together
+    flops: float  # FLOP/s of large matrix products in `dtype`, of all processes' devices together
+    bandwidth: float  # bytes/s of a large copy, read and written together, likewise
 
     @property
     def cuda(self) -> bool:
@@ -58,8 +59,8 @@ def set_up(folder: Path, device: str, quantization: str) -> Setup:
                           if len(tokenizer.encode(each.end, add_special_tokens=False)) == 1)
     model = Model(device=device, dtype="bfloat16", quantization=quantization, template=name)
     dtype = compute_dtype(model)
-    return Setup(folder, model, tokenizer, template, shape_of(folder), dtype, peak_flops(device, dtype),
-                 copy_bandwidth(device))
+    return Setup(folder, model, tokenizer, template, shape_of(folder), dtype, peak_flops(device, dtype) * world(),
+                 copy_bandwidth(device) * world())
 
 
 def shape_of(folder: Path) -> Shape:
