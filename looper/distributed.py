@@ -176,33 +176,6 @@ def barrier() -> None:
     gathered(None)
 
 
-class AveragesGradients:
-    """Of a Trainer in several processes, before its own class: gradients are averaged once an update, all of them in one.
-
-    DistributedDataParallel, which accelerate wraps around the model, averages in hooks of the parameters while autograd
-    goes back; a pass that is launched as a graph (looper.graphs) calls none of them.
-    """
-
-    def training_step(self, *given: Any, **named: Any) -> "Tensor":
-        with self.accelerator.no_sync(self.model_wrapped):
-            return super().training_step(*given, **named)
-
-    def _clip_grad_norm(self, model: Any) -> "Tensor":
-        average([each.grad for each in model.parameters() if each.grad is not None])
-        return super()._clip_grad_norm(model)
-
-
-def average(gradients: Sequence["Tensor"]) -> None:
-    """Makes each of `gradients`, which have the same shapes in all processes, its mean over these, in place."""
-    if world() == 1 or not gradients:
-        return
-    import torch
-
-    means = total(torch.cat([each.flatten() for each in gradients])).div_(world())
-    for each, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
-        each.copy_(mean.view_as(each))
-
-
 def undivided(loader: "DataLoader") -> "DataLoader":
     """A Trainer's data loader, from which every process draws every batch.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from looper.distributed import world
 from looper.layers import compiles
 from looper.packing import Rows
 
@@ -43,8 +44,8 @@ def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
 
 
 def graphs(layers: Sequence[GradientCheckpointingLayer]) -> bool:
-    """Whether `layers` are launched as graphs: where they are compiled."""
-    return bool(layers) and all(map(compiles, layers))
+    """Whether `layers` are launched as graphs: where they are compiled, in one process, whose gradients nobody waits for."""
+    return bool(layers) and world() == 1 and all(map(compiles, layers))
 
 
 class Layers:

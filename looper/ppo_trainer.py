@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from looper import compiling, ppo_math
-from looper.distributed import AveragesGradients, agreed, rank, share, total, undivided, world
+from looper.distributed import agreed, rank, share, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
 from looper.ppo_policy import PolicyWithValue
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-class OfflinePPOTrainer(AveragesGradients, Trainer):
+class OfflinePPOTrainer(Trainer):
     """PPO over stored responses. The policy as it comes in is the reference.
 
     folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.

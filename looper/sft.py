@@ -15,7 +15,7 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
 from looper.determinism import deterministic
-from looper.distributed import AveragesGradients, rank, share, undivided, world
+from looper.distributed import rank, share, undivided, world
 from looper.graphs import graphed_layers
 from looper.layers import compiled_layers
 from looper.live import LiveMetrics, show_progress
@@ -28,7 +28,7 @@ from looper.prompts import Template, end_token_ids, training_ids
 from looper.scratch import last_checkpoint
 
 
-class SFTTrainer(AveragesGradients, TRLTrainer):
+class SFTTrainer(TRLTrainer):
     """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -167,24 +167,6 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "plain"), [("sft as graphs", "sft"), ("ppo arm as graphs", "ppo arm")])
-def test_graphs_are_the_same_in_several_processes(made, task, plain):
-    if task not in made[0]:
-        pytest.skip("on a GPU graphs are for halves: the test below")
-    for weights, _ in [made[0][task], *(each[task] for each in made[1])]:
-        for name, expected in made[0][plain][0].items():
-            torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_halves_train_alike_in_all_processes(made):
-    """Adam makes a whole step of what is rounding in halves: the losses are compared, not the weights."""
-    (_, metrics), both = made[0]["sft in halves"], [each["sft in halves"] for each in made[1]]
-    assert all(torch.equal(both[0][0][name].cpu(), each.cpu()) for name, each in both[1][0].items()), "no process drifts away"
-    assert both[0][1]["logged loss"] == pytest.approx(metrics["logged loss"], rel=5e-3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["chunks", "targets", "rollouts uniform", "rollouts thompson", "predict_dev"])
 def test_answers_are_identical(made, task):
     alone, both = made
