@@ -1,7 +1,7 @@
 """What both sides of a stage work on: one model, one adapter, lists of token ids of stored lengths."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -134,11 +134,21 @@ class Update(NamedTuple):
     gradients: Tensor | None  # of the first
 
 
-def equality(found: Update, name: str, expected: Update, limits: tuple[float, float], note: str = "") -> list[Gate]:
-    """The gates of loss and gradients against `name`'s; `limits` of both, relative."""
-    return [Gate(f"loss against {name}, relative", abs(found.loss - expected.loss) / abs(expected.loss), limits[0]),
-            Gate(f"gradients against {name}, relative norm{note}",
-                 relative_error(found.gradients, expected.gradients), limits[1])]
+def equality(found: Update, name: str, expected: Update, limits: Sequence[float], between: Sequence[float] = (),
+             ways: str = "") -> list[Gate]:
+    """The gates of loss and gradients against `name`'s; `limits` of both, relative.
+
+    between: how far two plain ways, which `ways` names, are from each other: said beside what was found.
+    """
+    loss, gradient = relative(found, expected)
+    notes = [f" ({ways}: {each:.2e})" for each in between] or ["", ""]
+    return [Gate(f"loss against {name}, relative{notes[0]}", loss, limits[0]),
+            Gate(f"gradients against {name}, relative norm{notes[1]}", gradient, limits[1])]
+
+
+def relative(found: Update, expected: Update) -> tuple[float, float]:
+    """How far `found`'s loss and gradients are from `expected`'s, relative to these."""
+    return (abs(found.loss - expected.loss) / abs(expected.loss), relative_error(found.gradients, expected.gradients))
 
 
 def gradients(model: nn.Module) -> Tensor:

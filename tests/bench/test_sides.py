@@ -1,6 +1,7 @@
 """The real sides on the tiny model in float32: their gates hold, and fail where a result is another."""
 
 import json
+import re
 from dataclasses import replace
 from statistics import mean
 
@@ -13,7 +14,7 @@ from bench import generation, ppo, sft, workload
 from bench.generation import Row, batches
 from bench.random_8b import small_tokenizer
 from bench.without import SPEEDUPS, Speedup
-from bench.workload import Shape, lengths, load, merged, random_ids, with_adapter
+from bench.workload import Shape, lengths, load, merged, random_ids, relative_error, with_adapter
 from looper.decoding import choose
 from looper.prompts import TEMPLATES, prompt_ids, training_ids
 
@@ -220,6 +221,22 @@ def test_the_ppo_gate_sees_another_loss(setup, monkeypatch, change):
         model, samples, replace(settings, **change), callbacks))
     loss, _ = ppo.stage(setup, 8, ["b2"]).gates()
     assert not loss.holds
+
+
+def test_the_plain_way_row_by_row_is_the_plain_way(setup):
+    samples, settings = ppo.make_samples(setup, 3), replace(ppo.SETTINGS, max_grad_norm=1e9)
+    batched, by_row = ([ppo.plain(with_adapter(load(setup, quantised=True)), None, samples, settings, by_row=each)
+                        for each in (False, True)])
+    assert [each.loss for each in by_row] == pytest.approx([each.loss for each in batched], rel=1e-4)
+    assert relative_error(by_row[0].gradients, batched[0].gradients) < 1e-5
+
+
+def test_the_ppo_gate_is_as_wide_as_the_plain_ways_are_apart(setup, monkeypatch):
+    right = ppo._forward_by_row
+    monkeypatch.setattr(ppo, "_forward_by_row", lambda *given: tuple(1.1 * each for each in right(*given)))
+    for gate in ppo.stage(setup, 8, ["b2"]).gates():
+        apart = float(re.search(r"row by row: (.*)\)", gate.name)[1])
+        assert apart > 1e-3 and gate.limit == pytest.approx(1.5 * apart, rel=0.01) and gate.found < 1e-5
 
 
 def test_the_limit_of_ppo_by_hand(setup):
