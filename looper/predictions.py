@@ -9,13 +9,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from looper.evaluation import evaluation_metrics, judge, robustness
 from looper.generation import Request, generate_in_chunks
 from looper.params import Eval
-from looper.prompts import Template, answer_text, end_token_ids, prompt_ids
+from looper.prompts import Template, answer_text, end_token_ids, prompts_ids
 
 
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict],
             settings: Eval, scratch: Path, label: str) -> list[dict]:
     """One prediction row a question, in the order of `rows`; finished chunks are kept in `scratch`."""
-    requests = [Request(prompt_ids(tokenizer, template, row["question"]), temperature=0.0) for row in rows]
+    prompts = prompts_ids(tokenizer, template, [row["question"] for row in rows])
+    requests = [Request(prompt, temperature=0.0) for prompt in prompts]
     completions = generate_in_chunks(
         model, requests, scratch, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
         eos_token_ids=end_token_ids(tokenizer, template), seed=0, progress=label)  # greedy: the seed decides nothing

@@ -4,6 +4,8 @@ The templates are ours, not the tokenizer's: the stock one of the R1 distillatio
 and Qwen's adds a system turn unasked. Golden tests hold every rendered character.
 """
 
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 INSTRUCTION = "You are a mathematics tutor. Solve the problem step by step. Write the answer on a last line: #### <number>"
@@ -76,7 +78,14 @@ def tutoring_text(question: str) -> str:
 
 def prompt_ids(tokenizer: Tokenizer, template: Template, question: str, instruction: str = "") -> list[int]:
     """Token ids of the prompt for `question`; `instruction` is an arm's, none for the neutral prompt."""
-    return tokenizer.encode(template.prompt(tutoring_text(question), instruction), add_special_tokens=False)
+    return prompts_ids(tokenizer, template, [question], [instruction])[0]
+
+
+def prompts_ids(tokenizer: Tokenizer, template: Template, questions: Sequence[str],
+                instructions: Iterable[str] = repeat("")) -> list[list[int]]:
+    """`prompt_ids` of each question, each with its instruction."""
+    return _encode(tokenizer, [template.prompt(tutoring_text(question), instruction)
+                               for question, instruction in zip(questions, instructions)])
 
 
 def training_ids(tokenizer: Tokenizer, template: Template, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
@@ -85,13 +94,15 @@ def training_ids(tokenizer: Tokenizer, template: Template, rows: list[dict]) -> 
     Prompt and completion are encoded apart, so that the boundary falls exactly where generation begins; the mask is 1 on
     the completion, its end token included: a model that never sees the end in its labels does not learn to stop.
     """
-    if not rows:
-        return []  # the tokenizer takes no empty list
-    prompts = [template.prompt(tutoring_text(row["question"])) for row in rows]
-    completions = [template.completion(row["solution"], row["gold_answer"]) for row in rows]
-    # All texts in one call: the tokenizer spreads them over the processor's cores
-    encoded = zip(*(tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, completions)))
-    return [(prompt + completion, [0] * len(prompt) + [1] * len(completion)) for prompt, completion in encoded]
+    prompts = prompts_ids(tokenizer, template, [row["question"] for row in rows])
+    completions = _encode(tokenizer, [template.completion(row["solution"], row["gold_answer"]) for row in rows])
+    return [(prompt + completion, [0] * len(prompt) + [1] * len(completion))
+            for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text; all in one call, which the tokenizer spreads over the processor's cores."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []  # it takes no empty list
 
 
 def answer_text(tokenizer: Tokenizer, template: Template, token_ids: list[int]) -> str:

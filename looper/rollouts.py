@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from looper.files import sha256_text
 from looper.generation import Completion, Request, generate_in_chunks
 from looper.params import Rollouts
-from looper.prompts import Template, answer_text, end_token_ids, prompt_ids
+from looper.prompts import Template, answer_text, end_token_ids, prompts_ids
 from regime_w.answers import answers_match, extract_answer, is_unclosed, split_reasoning
 from regime_w.arms import ARMS, Arm
 from regime_w.bandit import Posterior, allocate, update
@@ -46,8 +46,8 @@ def roll_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
                  for kind in ("question", "counterfactual") if kind == "question" or row["id"] in counterfactuals
                  for each in these]
         texts = [(row if kind == "question" else counterfactuals[row["id"]])["question"] for row, kind, _ in asked]
-        requests = [Request(prompt_ids(tokenizer, template, text, arm.instruction), arm.temperature)
-                    for text, (_, _, arm) in zip(texts, asked, strict=True)]
+        prompts = prompts_ids(tokenizer, template, texts, [arm.instruction for _, _, arm in asked])
+        requests = [Request(prompt, arm.temperature) for prompt, (_, _, arm) in zip(prompts, asked, strict=True)]
         completions = iter(generate_in_chunks(
             model, requests, folder, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
             eos_token_ids=end_token_ids(tokenizer, template), seed=seed, progress="rollouts"))

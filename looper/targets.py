@@ -9,7 +9,7 @@ from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from looper.params import SelfTargets
-from looper.prompts import Template, answer_text, end_token_ids, prompt_ids, training_ids
+from looper.prompts import Template, answer_text, end_token_ids, prompts_ids, training_ids
 from regime_w.answers import CLOSE, MARKER, OPEN, answers_match, extract_answer, is_formatted, split_reasoning
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def self_targets(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase",
     """
     from looper.generation import Request, generate_in_chunks
 
-    prompts = [prompt_ids(tokenizer, template, row["question"]) for row in rows]
+    prompts = prompts_ids(tokenizer, template, [row["question"] for row in rows])
     requests = [Request(prompt, settings.temperature) for prompt in prompts for _ in range(settings.samples)]
     completions = iter(generate_in_chunks(
         model, requests, scratch, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size,
