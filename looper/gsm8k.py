@@ -3,8 +3,6 @@
 import random
 import re
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +77,9 @@ def _rows(raw: list[dict], split: str, dropped: Counter[str]) -> list[dict]:
 
 
 def _counterfactuals(rows: list[dict], split: str, seed: int) -> list[dict]:
-    questions, answers = [row["question"] for row in rows], [row["annotated"] for row in rows]
-    with ProcessPoolExecutor() as pool:  # a millisecond or two each, and thousands of them
-        made = list(pool.map(make_counterfactual, questions, answers, repeat(seed), chunksize=256))
-    return [{"id": row["id"], "split": split, "question": each.question, "gold_answer": each.gold_answer,
-             "changed_from": each.changed_from, "changed_to": each.changed_to} for row, each in zip(rows, made) if each]
+    made = ((row["id"], make_counterfactual(row["question"], row["annotated"], seed)) for row in rows)
+    return [{"id": name, "split": split, "question": each.question, "gold_answer": each.gold_answer,
+             "changed_from": each.changed_from, "changed_to": each.changed_to} for name, each in made if each]
 
 
 def _metrics(parts: dict[str, list[dict]], counterfactuals: list[dict], dropped: Counter[str]) -> dict[str, Any]:
