@@ -176,12 +176,13 @@ def table(stage: Stage, measured: list[Measured], gates: list[Gate]) -> str:
     """The stage's figures as text: one line a side, then the gates."""
     unit, ours = stage.unit, measured[0]
     holds = all(gate.holds for gate in gates)
-    head = [stage.name, unit, "seconds", "CPU s", f"{unit}/s", "warm-up s", "set-up s", "peak GiB", "of the limit", "looper is"]
+    head = [stage.name, unit, "seconds", "CPU s", f"{unit}/s", "warm-up s", "set-up s", "peak GiB", "of the limit",
+            "looper is"]
     lines = [head]
     for side in measured:
         ratio = "" if side is ours else f"{ours.rate / side.rate:.2f}x" if holds else "(gate failed)"
-        lines.append([side.name, f"{side.tokens:,}", f"{side.seconds:.2f}", f"{side.cpu:.2f}", f"{side.rate:,.0f}", f"{side.warm_up:.1f}",
-                      f"{side.setup:.1f}", "" if side.gib is None else f"{side.gib:.1f}",
+        lines.append([side.name, f"{side.tokens:,}", f"{side.seconds:.2f}", f"{side.cpu:.2f}", f"{side.rate:,.0f}",
+                      f"{side.warm_up:.1f}", f"{side.setup:.1f}", "" if side.gib is None else f"{side.gib:.1f}",
                       f"{side.rate / stage.limit:.1%}" if stage.limit else "", ratio])
     kept = [i for i in range(len(head)) if i == 0 or any(line[i] for line in lines[1:])]  # no empty columns
     text = aligned([[line[i] for i in kept] for line in lines])

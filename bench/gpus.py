@@ -4,7 +4,8 @@
 
 Four runs of `python -m bench`, one after the other in the order 1, N, N, 1, so that a drift of the machine falls on both
 sides alike. Each loads and compiles anew and reports the median of its three passes; a side's rate is the mean of its two
-medians. On the processor, N processes that share it. If a run fails, its exit status is this one's.
+medians. On the processor, N processes that share it. If a run fails, its exit status is this one's. Speed alone is compared:
+that N processes make what one makes is what tests/looper/test_distributed.py tests.
 """
 
 import argparse

@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 
 from bench.measure import Gate, Pass, Side, Stage, timed
 from bench.without import switched_off, variants
-from bench.workload import Setup, Update, equality, gradients, lengths, load, random_ids, relative, seed_adapter, with_adapter
+from bench.workload import (Setup, Update, equality, gradients, lengths, load, random_ids, relative, seed_adapter, width,
+                            with_adapter)
 from looper import ppo_math
 from looper.ppo import PPOSample, train_ppo
 from looper.ppo_data import COMPONENTS, collate, padded, plan_steps
@@ -30,9 +31,6 @@ SETTINGS = PPOSettings(save_steps=10**9)  # the defaults: platinum's, without ch
 B1_ROWS = 16
 # Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and a full row of logits is rounded to them.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 5e-2)}
-# In a deep model the order of sums alone may exceed it, and a loss is what is left of terms of both signs: both may differ by
-# so many times what the plain way's two, all rows in a pass and one after another, do.
-OF_PLAIN = 1.5
 
 
 def stage(setup: Setup, rows: int, against: list[str], without: Sequence[str] = ()) -> Stage:
@@ -158,7 +156,7 @@ def plain(policy: PeftModel, critic: PeftModel | None, samples: Sequence[PPOSamp
 
 def start(batch: Sequence[PPOSample], logprobs: Tensor, values: Tensor, reference: Tensor, beta: float,
           settings: PPOSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask, whitened advantages, returns) of a PPO batch under the old policy's log-probabilities and values, all [B, T]."""
+    """(mask, whitened advantages, returns) of a PPO batch; the old policy's log-probabilities and values, and these, [B, T]."""
     mask = collate(batch, logprobs.device).mask
     scores = torch.tensor([sample.reward for sample in batch], device=logprobs.device)
     penalty = ppo_math.kl_estimate(logprobs, reference, "k1")
@@ -236,7 +234,7 @@ def gates(setup: Setup, own: PeftModel, policy: PeftModel | None, slower: Mappin
         expected, other = (_first(plain(seed_adapter(policy), None, samples, settings, by_row=by_row))
                            for by_row in (False, True))
         between = relative(other, expected)
-        limits = tuple(max(fixed, OF_PLAIN * each) for fixed, each in zip(TOLERANCE[setup.dtype], between))
+        limits = list(map(width, TOLERANCE[setup.dtype], between))
         made = equality(found, "the padded reference", expected, limits, between, "row by row")
     for name, model in slower.items():
         made += equality(found, f"looper without {name}", first_batch(model, switched_off(name)(ours)),

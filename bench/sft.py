@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.measure import Gate, Pass, Side, Stage, clocks
 from bench.without import switched_off, variants
-from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative, watching
+from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative, watching, width
 from looper.params import Sft, load_params
 from looper.prompts import training_ids
 from looper.sample_problems import generate
@@ -30,8 +30,6 @@ OWN_WARM_UP = {"cuda": 16, "cpu": 0}  # of this repository's: until looper.graph
 B1_ROWS = 32  # measured a pass: row by row the rate does not depend on their number, and all of them would take minutes
 # Of the loss and, in norm, of the gradients. bfloat16 keeps 8 bits, and one pass over all rows adds in another order.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-3, 5e-2)}
-# In a deep model that order alone may exceed it: the gradients may differ by so many times what TRL's own two ways do.
-OF_PLAIN = 1.5
 
 Train = Callable[[list[dict]], None]
 
@@ -92,8 +90,8 @@ def settings(batch: int = BATCH) -> Sft:
 
 
 def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], batch: int, micro_batch: int, checkpointing: bool) -> None:
-    """TRL for a model that is loaded already. With checkpointing as its documentation shows QLoRA, the optimiser's state paged
-    in eight bits; without, all in one pass and one kernel for the optimiser."""
+    """TRL for a model that is loaded already. With checkpointing as its documentation shows QLoRA, the optimiser's state
+    paged, in eight bits; without, one kernel for the optimiser."""
     if not checkpointing:
         model.gradient_checkpointing_disable()
     encoded = training_ids(setup.tokenizer, setup.template, rows)
@@ -105,7 +103,8 @@ def trl(setup: Setup, model: PreTrainedModel, rows: list[dict], batch: int, micr
             gradient_accumulation_steps=batch // micro_batch, gradient_checkpointing=checkpointing,
             learning_rate=5e-5, max_grad_norm=1e9, completion_only_loss=True,
             max_length=None, bf16=setup.dtype == torch.bfloat16, use_cpu=not setup.cuda, num_train_epochs=1,
-            optim=("paged_adamw_8bit" if checkpointing else "adamw_torch_fused") if setup.cuda else "adamw_torch", logging_steps=1, save_strategy="no", seed=0,
+            optim=("paged_adamw_8bit" if checkpointing else "adamw_torch_fused") if setup.cuda else "adamw_torch",
+            logging_steps=1, save_strategy="no", seed=0,
             report_to="none", dataloader_pin_memory=setup.cuda)
         lora = LoraConfig(task_type="CAUSAL_LM", r=LORA.r, lora_alpha=LORA.alpha, lora_dropout=LORA.dropout,
                           target_modules="all-linear")
@@ -203,7 +202,7 @@ def gates(setup: Setup, batch: int, own: Train, plain: tuple[Train, Train] | Non
     if plain:
         expected, other = map(first_update, plain)
         between = relative(other, expected)
-        gradient = max(gradient, OF_PLAIN * between[1])
+        gradient = width(gradient, between[1])
         made = equality(found, f"1 x {batch}", expected, (loss, gradient), between, f"TRL {batch} x 1")
     for name, train in slower.items():
         made += equality(found, f"looper without {name}", first_update(train), (loss, gradient))

@@ -134,6 +134,17 @@ class Update(NamedTuple):
     gradients: Tensor | None  # of the first
 
 
+# In a deep model in bfloat16 the order of sums alone may exceed a tolerance: a gate may be so many times as wide as two
+# plain ways lie apart, up to CEILING. A wider one would show nothing.
+OF_PLAIN = 1.5
+CEILING = 0.3
+
+
+def width(tolerance: float, between: float) -> float:
+    """The limit of a gate: `tolerance`, or what two plain ways that are `between` apart allow."""
+    return max(tolerance, min(OF_PLAIN * between, CEILING))
+
+
 def equality(found: Update, name: str, expected: Update, limits: Sequence[float], between: Sequence[float] = (),
              ways: str = "") -> list[Gate]:
     """The gates of loss and gradients against `name`'s; `limits` of both, relative.

@@ -192,8 +192,8 @@ def _convert(file: Path, expected: str, folder: Path) -> None:
     if (found := sha256(file)) != expected:
         raise ValueError(f"{file}: sha256 {found}, base.sha256 says {expected}; nothing stored; fetch the file again")
     # transformers parses the file for the tokenizer, the configuration and the weights, the vocabulary's tokens one by one
-    # each time, and lists the architecture's tensor names anew for each module: once is enough. Millions of slices of a mapped
-    # file take three times as long where each is a memmap again.
+    # each time, and lists the architecture's tensor names anew for each module: once is enough. And slices of a mapped file
+    # take three times as long where each of millions is a memmap again. (numpy has one memmap: within the block it is this.)
     memmap = numpy.memmap
     with (patch("gguf.GGUFReader", cache(GGUFReader)), patch("gguf.get_tensor_name_map", cache(get_tensor_name_map)),
           patch("gguf.gguf_reader.np.memmap", mapped)):

@@ -1,7 +1,7 @@
 """The decoder layers of a model in training as CUDA graphs: all kernels of a pass are launched at once.
 
 Python takes longer to launch the thousand small kernels of a pass, LoRA's above all, than a GPU to compute them. A graph
-is recorded for each size of pass, of which looper.packing leaves few.
+is recorded for each size of pass, of which looper.packing leaves few, if there is memory for the graphs of all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from looper.distributed import world
+from looper.gpu_memory import unused_bytes
 from looper.layers import compiles
 from looper.packing import Rows
+
+
+# The memory that the graphs of all sizes share grows while these come in any order; the first time of each computes beside
+# it. At the 8B shape both took three times what a pass keeps for its way back.
+ROOM = 4
 
 
 @contextmanager
@@ -26,7 +32,8 @@ def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     compute in the same memory. checkpointing: whether activations are to be computed again, which leaves layers as they are.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if checkpointing or not graphs(layers):
+    frozen = not any(each.weight.requires_grad for each in model.modules() if isinstance(each, nn.Embedding))
+    if checkpointing or not frozen or not graphs(layers):
         yield
         return
     whole = Layers(layers)
@@ -53,21 +60,45 @@ class Layers:
 
     def __init__(self, layers: Sequence[GradientCheckpointingLayer]) -> None:
         self.layers = [partial(type(layer).forward, layer) for layer in layers]
+        self.recorded: bool | None = None  # not known before the first pass
         self.parameters = [each for layer in layers for each in layer.parameters() if each.requires_grad]
-        self.gradients = [torch.zeros_like(each) for each in self.parameters]
+        self.gradients: list[Tensor] = []
         self.passes: dict[tuple[int, int, int], Pass] = {}  # by size
         self.memory: Any = None  # of the graphs
-        self.stream = torch.cuda.Stream() if self.gradients[0].is_cuda else None  # on which all of them are recorded
+        self.stream = torch.cuda.Stream() if self.parameters[0].is_cuda else None  # on which all of them are recorded
         self.begun = 0  # forward passes
 
     def __call__(self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], rows: Rows, **_: Any) -> Tensor:
         """hidden [1, tokens, width] → the same. What a model gives its layers besides, `PLAIN` ones do not read."""
+        if self.recorded is None:
+            self.recorded = self._have_room(hidden, position_embeddings, rows)
+            self.gradients = [torch.zeros_like(each) for each in self.parameters if self.recorded]
+        if not self.recorded:
+            return self.run(hidden, position_embeddings, rows)
         longest = 1 << (rows.longest - 1).bit_length()  # attention needs a bound alone: few bounds make few graphs
         size = hidden.shape[1], len(rows.starts), longest
         if size not in self.passes:
             self.passes[size] = Pass(self, hidden, position_embeddings, Rows([], rows.starts, longest))
         # Embeddings are frozen. What comes out has a gradient nevertheless: the parameters' is made on its way back
         return _Replay.apply(hidden.detach().requires_grad_(), self, self.passes[size], position_embeddings, rows.starts)
+
+    def run(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
+        """The layers one after another."""
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=position_embeddings, rows=rows)
+        return hidden
+
+    def _have_room(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], rows: Rows) -> bool:
+        """Whether ROOM times what a first pass keeps for its way back is unused; says so where it is not."""
+        with _leaving_no_trace(hidden.device), torch.enable_grad():
+            before = allocated_bytes(hidden.device)
+            out = self.run(hidden.detach().requires_grad_(), position_embeddings, rows)
+            keeps = allocated_bytes(hidden.device) - before
+            del out
+        if has_room(ROOM * keeps):
+            return True
+        print("The GPU's memory is too small to launch passes as graphs: their kernels are launched one by one", flush=True)
+        return False
 
     def take_gradients(self) -> None:
         """The parameters' gradients are those in the fixed places, from 0 on if they had none."""
@@ -96,16 +127,14 @@ class Pass:
 
     @torch.enable_grad()
     def _forward(self) -> None:
-        out = self.hidden
-        for layer in self.layers.layers:
-            out = layer(out, attention_mask=None, position_embeddings=self.position_embeddings, rows=self.rows)
-        self.out = out
+        self.out = self.layers.run(self.hidden, self.position_embeddings, self.rows)
 
     def _backward(self) -> None:
         torch._foreach_add_(self.layers.gradients, self._gradients())
 
     def _gradients(self) -> Sequence[Tensor]:
-        return torch.autograd.grad(self.out, self.layers.parameters, self.gradient)
+        with torch.autocast(self.hidden.device.type, enabled=False):  # as outside: it is for the way forward alone
+            return torch.autograd.grad(self.out, self.layers.parameters, self.gradient)
 
 
 class _Replay(torch.autograd.Function):
@@ -130,6 +159,15 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None, None
 
 
+def allocated_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def has_room(size: int) -> bool:
+    """Whether so many bytes of the GPU's memory are unused; of a processor's they are."""
+    return not size or unused_bytes() >= size
+
+
 def record(run: Callable[[], None], layers: Layers) -> Callable[[], None]:
     """A function that has the GPU do again what `run` has it do."""
     graph = torch.cuda.CUDAGraph()
@@ -151,7 +189,7 @@ def _leaving_no_trace(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Within the block the GPU works on `stream`, after and before what it does on the current one; None: there is no GPU."""
+    """Within the block the GPU works on `stream`, after and before what it does on the current one; None without a GPU."""
     if stream is None:
         yield
         return

@@ -12,7 +12,8 @@ def fitting_passes(trainer: SFTTrainer, batch_size: int) -> int:
     """The fewest passes of equal size that make an update of `batch_size` rows and whose longest rows fit; says so.
 
     Each is tried: forward and backward, beside room for the optimiser's state, two numbers a weight at most. Trying leaves
-    neither gradients nor random numbers behind. On the CPU, where the system would end the process rather than say that memory is short, it is one pass.
+    neither gradients nor random numbers behind. On the CPU, where the system would end the process rather than say that
+    memory is short, it is one pass.
     Raises ValueError if not even a row a process fits.
     """
     rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]), reverse=True)[:batch_size]

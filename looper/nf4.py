@@ -5,6 +5,7 @@ from peft import PeftModel
 from torch import nn
 
 from looper.distributed import rank
+from looper.gpu_memory import unused_bytes
 
 
 def unpack_if_room(model: PeftModel) -> None:
@@ -41,10 +42,8 @@ def _unpacked_bytes(layer: nn.Module) -> int:
 def _has_room(more: int) -> bool:
     """Whether half of what this process may take of the GPU is free beside `more` bytes. 8B parameters need 10 GB more than
     in four bits: 80 GB have room for that, 24 have not."""
-    free, total = torch.cuda.mem_get_info()
-    may_take = total * torch.cuda.get_per_process_memory_fraction()
-    reserved = torch.cuda.memory_reserved()  # by PyTorch; what is not allocated of it serves what comes
-    return min(free, may_take - reserved) + reserved - torch.cuda.memory_allocated() - more >= may_take / 2
+    _, total = torch.cuda.mem_get_info()
+    return unused_bytes() - more >= total * torch.cuda.get_per_process_memory_fraction() / 2
 
 
 def _plain(layer: nn.Module) -> nn.Linear:

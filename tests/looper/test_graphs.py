@@ -16,7 +16,7 @@ from looper import graphs, ppo_data
 from looper.determinism import deterministic
 from looper.graphs import graphed_layers
 from looper.layers import compiled_layers
-from looper.packing import filling
+from looper.packing import filling, rows_of
 from looper.ppo_data import collate
 from looper.prompts import TEMPLATES
 from looper.sft import finetune
@@ -43,6 +43,91 @@ def recorded(monkeypatch, opaque_attention):
 @pytest.fixture
 def plainly(monkeypatch):
     return lambda: monkeypatch.setattr(graphs, "graphs", lambda layers: False)
+
+
+def test_layers_without_room_for_graphs_compute_as_they_are(recorded, plainly, monkeypatch, capsys):
+    policy, samples = make_policy("llama", torch.float32), make_samples(20)
+    monkeypatch.setattr(graphs, "has_room", lambda size: False)
+    with graphed_layers(policy, checkpointing=False):
+        found = passes(policy, samples, BATCHES)
+    assert not recorded and capsys.readouterr().out.count("too small to launch passes as graphs") == 1
+    plainly()
+    for one, expected in zip(found, passes(policy, samples, BATCHES), strict=True):
+        assert all(map(torch.equal, one, expected))
+
+
+def test_room_is_four_times_what_a_pass_keeps(recorded, monkeypatch):
+    held, asked = iter([100, 107]), []
+    monkeypatch.setattr(graphs, "allocated_bytes", lambda device: next(held))
+    monkeypatch.setattr(graphs, "unused_bytes", lambda: asked.append("GPU") or 28)
+    policy, samples = make_policy("llama", torch.float32), make_samples(4)
+    with graphed_layers(policy, checkpointing=False):
+        passes(policy, samples, [[0, 1], [2, 3]])
+    assert recorded and asked == ["GPU"]
+    assert graphs.has_room(28) and not graphs.has_room(29)
+
+
+class Autocasting(torch.autograd.Function):
+    """The sum of both, which notes whether autocast was on, on its way forward and back."""
+
+    seen = []
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        Autocasting.seen.append(("forward", torch.is_autocast_enabled("cpu")))
+        return hidden + weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Autocasting.seen.append(("backward", torch.is_autocast_enabled("cpu")))
+        return gradient, gradient.sum((0, 1))
+
+
+class AutocastingLayer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, hidden, **given):
+        return Autocasting.apply(hidden, self.weight)
+
+
+def test_the_way_back_is_outside_autocast_as_the_trainers_is(recorded):
+    layer, position = AutocastingLayer(), torch.zeros(1, 3, 2)
+    layers = graphs.Layers([layer])
+    Autocasting.seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layers(torch.ones(1, 3, 2), position_embeddings=(position, position), rows=rows_of([3], torch.device("cpu")))
+    out.sum().backward()
+    assert layer.weight.grad.tolist() == [3, 3] and len(recorded) == 1
+    assert {("forward", True), ("backward", False)} <= set(Autocasting.seen) and ("backward", True) not in Autocasting.seen
+
+
+def test_a_longer_row_in_a_pass_of_the_same_size_has_a_graph_of_its_own(recorded):
+    policy, rows = make_policy("llama", torch.float32), make_samples(2)
+    even, uneven = ([replace(row, prompt_ids=[1] * length, response_ids=[2] * 4, behaviour_logprobs=[-1.0] * 4)
+                     for row, length in zip(rows, lengths, strict=True)] for lengths in ((12, 12), (2, 22)))
+    with graphed_layers(policy, checkpointing=False):
+        passes(policy, even + uneven, [[0, 1], [2, 3]])
+    (tokens, count, longest), other = recorded
+    assert longest == 16 and other == (tokens, count, 32)
+
+
+def test_what_is_launched_as_graphs(monkeypatch):
+    layer = make_policy("llama", torch.bfloat16).policy.get_base_model().model.layers[0]
+    monkeypatch.setattr(graphs, "compiles", lambda layer: True)
+    assert graphs.graphs([layer]) and not graphs.graphs([])
+    monkeypatch.setattr(graphs, "world", lambda: 2)
+    assert not graphs.graphs([layer])
+    monkeypatch.undo()
+    assert not graphs.graphs([layer])  # on a processor it is not compiled
+
+
+def test_embeddings_that_learn_leave_the_layers_as_they_are(recorded):
+    policy = make_policy("llama", torch.float32)
+    policy.policy.get_input_embeddings().weight.requires_grad_()
+    with graphed_layers(policy, checkpointing=False):
+        assert not changed(policy)
 
 
 def changed(policy):
@@ -141,26 +226,34 @@ def test_large_passes_have_few_sizes():
     assert filling(1650, torch.device("cpu")) == 0
 
 
-@pytest.mark.parametrize("micro_batch", [4, 2])
-def test_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bits(recorded, plainly, tokenizer, tmp_path,
-                                                                        monkeypatch, micro_batch):
-    settings = tiny_sft(lora={"dropout": 0.3}, save_steps=2, batch_size=4, micro_batch=micro_batch, epochs=2)
-
-    def train(folder):
-        model, _ = finetune(tiny_model(), tokenizer, TEMPLATES["chatml"], tiny_rows(), settings, folder / "scratch",
-                            folder / "live")
+@pytest.fixture
+def killed(tokenizer, tmp_path, monkeypatch):
+    """A function → what a run of fine-tuning with dropout has learnt, and what one that was killed and resumed has."""
+    def train(name, micro_batch, model):
+        settings = tiny_sft(lora={"dropout": 0.3}, save_steps=2, batch_size=4, micro_batch=micro_batch, epochs=2)
+        model, _ = finetune(model(), tokenizer, TEMPLATES["chatml"], tiny_rows(), settings, tmp_path / name / "scratch",
+                            tmp_path / name / "live")
         return trainable(model)
 
-    unbroken = train(tmp_path / "a")
+    def both(micro_batch, model):
+        unbroken, callbacks = train("unbroken", micro_batch, model), transformers.trainer.DEFAULT_CALLBACKS
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks, KillAt(5)])
+        with pytest.raises(Killed):
+            train("killed", micro_batch, model)
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
+        return unbroken, train("killed", micro_batch, model)
+
+    both.train = train
+    return both
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bits(recorded, plainly, killed, micro_batch):
+    unbroken, resumed = killed(micro_batch, tiny_model)
     assert len(recorded) > 1
-    callbacks = transformers.trainer.DEFAULT_CALLBACKS
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*callbacks, KillAt(5)])
-    with pytest.raises(Killed):
-        train(tmp_path / "b")
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
-    assert_same_bits(train(tmp_path / "b"), unbroken)
+    assert_same_bits(resumed, unbroken)
     plainly()
-    assert_same_bits(train(tmp_path / "c"), unbroken)
+    assert_same_bits(killed.train("plain", micro_batch, tiny_model), unbroken)
 
 
 @pytest.mark.parametrize("credit", ["question", "arm"])
@@ -214,3 +307,14 @@ def test_gpu_graphs_of_many_sizes_share_their_memory():
         plain = reserved()
         with graphed_layers(policy, checkpointing=False):
             assert reserved() < 1.5 * plain
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_gpu_fine_tuning_with_dropout_killed_and_resumed_gives_the_same_bits(killed, monkeypatch, micro_batch):
+    made, record = [], graphs.record
+    monkeypatch.setattr(graphs, "record", lambda run, layers: made.append(run) or record(run, layers))
+    unbroken, resumed = killed(micro_batch, lambda: tiny_model().to("cuda", torch.bfloat16))
+    assert made and all(each.norm() > 0 for each in unbroken.values())
+    assert_same_bits(resumed, unbroken)
