@@ -239,6 +239,10 @@ def test_the_ppo_gate_is_as_wide_as_the_plain_ways_are_apart(setup, monkeypatch)
         assert apart > 1e-3 and gate.limit == pytest.approx(1.5 * apart, rel=0.01) and gate.found < 1e-5
 
 
+def test_no_gate_is_wider_than_its_ceiling():
+    assert [workload.width(0.01, between) for between in (0.0, 0.1, 0.2, 5.0)] == pytest.approx([0.01, 0.15, 0.3, 0.3])
+
+
 def test_the_limit_of_ppo_by_hand(setup):
     toy = setup._replace(shape=Shape(body=1000, head=200, kv=10, vocabulary=9), flops=1e4)
     samples = ppo.make_samples(setup, 1)
