@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from bench.measure import Gate, Pass, Side, Stage, timed
 from bench.without import switched_off, variants
-from bench.workload import (Setup, Update, equality, gradients, lengths, load, random_ids, relative, seed_adapter, width,
+from bench.workload import (Setup, Update, equality, gradients, lengths, load, random_ids, relative, seed_adapter, widened,
                             with_adapter)
 from looper import ppo_math
 from looper.ppo import PPOSample, train_ppo
@@ -156,7 +156,7 @@ def plain(policy: PeftModel, critic: PeftModel | None, samples: Sequence[PPOSamp
 
 def start(batch: Sequence[PPOSample], logprobs: Tensor, values: Tensor, reference: Tensor, beta: float,
           settings: PPOSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask, whitened advantages, returns) of a PPO batch; the old policy's log-probabilities and values, and these, [B, T]."""
+    """(mask, whitened advantages, returns) of a PPO batch, by the old policy's log-probabilities and values; all [B, T]."""
     mask = collate(batch, logprobs.device).mask
     scores = torch.tensor([sample.reward for sample in batch], device=logprobs.device)
     penalty = ppo_math.kl_estimate(logprobs, reference, "k1")
@@ -234,7 +234,7 @@ def gates(setup: Setup, own: PeftModel, policy: PeftModel | None, slower: Mappin
         expected, other = (_first(plain(seed_adapter(policy), None, samples, settings, by_row=by_row))
                            for by_row in (False, True))
         between = relative(other, expected)
-        limits = list(map(width, TOLERANCE[setup.dtype], between))
+        limits = list(map(widened, TOLERANCE[setup.dtype], between))
         made = equality(found, "the padded reference", expected, limits, between, "row by row")
     for name, model in slower.items():
         made += equality(found, f"looper without {name}", first_batch(model, switched_off(name)(ours)),

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.measure import Gate, Pass, Side, Stage, clocks
 from bench.without import switched_off, variants
-from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative, watching, width
+from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative, watching, widened
 from looper.params import Sft, load_params
 from looper.prompts import training_ids
 from looper.sample_problems import generate
@@ -202,7 +202,7 @@ def gates(setup: Setup, batch: int, own: Train, plain: tuple[Train, Train] | Non
     if plain:
         expected, other = map(first_update, plain)
         between = relative(other, expected)
-        gradient = width(gradient, between[1])
+        gradient = widened(gradient, between[1])
         made = equality(found, f"1 x {batch}", expected, (loss, gradient), between, f"TRL {batch} x 1")
     for name, train in slower.items():
         made += equality(found, f"looper without {name}", first_update(train), (loss, gradient))

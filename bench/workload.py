@@ -140,7 +140,7 @@ OF_PLAIN = 1.5
 CEILING = 0.3
 
 
-def width(tolerance: float, between: float) -> float:
+def widened(tolerance: float, between: float) -> float:
     """The limit of a gate: `tolerance`, or what two plain ways that are `between` apart allow."""
     return max(tolerance, min(OF_PLAIN * between, CEILING))
 

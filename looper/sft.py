@@ -107,7 +107,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
 
 def _optimizer(on_gpu: bool, memory_is_short: bool) -> str:
     """Where memory is short, states of eight bits that may leave the GPU: half a gigabyte less at the 8B shape. They are
-    updated weight by weight, for which Python takes 31 ms an update there; elsewhere one kernel updates all (LOG.md)."""
+    updated weight by weight, and Python launches hundreds of kernels for it; elsewhere one updates all."""
     if not on_gpu:
         return "adamw_torch"
     return "paged_adamw_8bit" if memory_is_short else "adamw_torch_fused"

@@ -24,8 +24,8 @@ HEAD_START = 5
 
 # What lowers a stage's need of GPU memory: first what leaves its result as it is.
 LESS_MEMORY = {
-    "sft": "lower sft.micro_batch (the updates stay the same) or set sft.gradient_checkpointing: true (the optimiser's state then "
-           "has eight bits)",
+    "sft": "lower sft.micro_batch (the updates stay the same) or set sft.gradient_checkpointing: true (the optimiser's "
+           "state then has eight bits)",
     "targets": "lower sft.self.batch_size",
     "rollouts": "lower rollouts.batch_size or rollouts.max_new_tokens",
     "ppo": "set ppo.gradient_checkpointing: true (the updates stay the same) or lower ppo.mini_batch_size",

@@ -240,7 +240,7 @@ def test_the_ppo_gate_is_as_wide_as_the_plain_ways_are_apart(setup, monkeypatch)
 
 
 def test_no_gate_is_wider_than_its_ceiling():
-    assert [workload.width(0.01, between) for between in (0.0, 0.1, 0.2, 5.0)] == pytest.approx([0.01, 0.15, 0.3, 0.3])
+    assert [workload.widened(0.01, between) for between in (0.0, 0.1, 0.2, 5.0)] == pytest.approx([0.01, 0.15, 0.3, 0.3])
 
 
 def test_the_limit_of_ppo_by_hand(setup):

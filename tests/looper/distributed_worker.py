@@ -1,5 +1,5 @@
-"""What one process and several must make alike. Started as a launcher starts its processes, each with `python -m
-tests.looper.distributed_worker FOLDER cpu|cuda`, they do it together, and each leaves FOLDER/rank-N.pt."""
+"""What one process and several must make alike: `python -m tests.looper.distributed_worker FOLDER cpu|cuda`, alone or,
+started as a launcher starts its processes, together with others; each leaves FOLDER/rank-N.pt."""
 
 import shutil
 import sys

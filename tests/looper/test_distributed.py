@@ -112,24 +112,28 @@ def test_alone_a_process_does_all_and_waits_for_nobody():
 # ---- the same results ----
 
 
-def together(folder: Path, device: str) -> list[dict]:
-    """What each of two processes makes of the worker's tasks."""
+def made_by(count: int, folder: Path, device: str) -> list[dict]:
+    """What each of `count` processes makes of the worker's tasks, in one started as a stage is and in several as a launcher
+    starts them. None is this one: what ran here before, compiling above all, would sum in another order."""
+    folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1",
+    shared = {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder),  # where no accelerate configuration is
               "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.looper.distributed_worker", str(folder), device]
-    processes = [subprocess.Popen(command, env=os.environ | shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
+    launcher = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port)}
+    own = [launcher | {"RANK": str(i), "LOCAL_RANK": str(i)} if count > 1 else {} for i in range(count)]
+    processes = [subprocess.Popen(command, env=os.environ | shared | each, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT) for each in own]
     try:
         printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)[-5000:]
-    return [torch.load(folder / f"rank-{i}.pt", weights_only=False) for i in range(2)]
+    assert not any(process.returncode for process in processes), "\n".join(printed)[-5000:]
+    return [torch.load(folder / f"rank-{i}.pt", weights_only=False) for i in range(count)]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -137,19 +141,12 @@ def made(request, tmp_path_factory) -> tuple[dict, list[dict]]:
     """(what one process makes, what each of two makes); two chunks of answers are there from the one's run."""
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from tests.looper.distributed_worker import work
-
     folder = tmp_path_factory.mktemp("distributed")
-    for name in ("alone", "two"):
-        (folder / name).mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two: another number sums in another order
-    alone = work(folder / "alone", request.param)
-    torch.set_num_threads(threads)
+    (alone,) = made_by(1, folder / "alone", request.param)
     shutil.copytree(folder / "alone" / "chunks", folder / "some-chunks")
     for index in (0, 2, 3):
         (folder / "some-chunks" / f"chunk-{index:05}.jsonl").unlink()
-    return alone, together(folder / "two", request.param)
+    return alone, made_by(2, folder / "two", request.param)
 
 
 @pytest.mark.slow
