@@ -10,7 +10,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,16 @@ def share(items: Sequence) -> Sequence:
     return items[rank()::world()]
 
 
+def dealt(items: Sequence, size: Callable[[Any], int]) -> list[Sequence]:
+    """Every process's part of `items`: dealt by falling size, there and back, so that each has about as much to do as the
+    others, who wait for it. A part may be empty; alone, a process has all in their order."""
+    if world() == 1:
+        return [items]
+    order = sorted(items, key=size, reverse=True)
+    return [[item for i, item in enumerate(order) if i % (2 * world()) in (number, 2 * world() - 1 - number)]
+            for number in range(world())]
+
+
 def total(values: "Tensor") -> "Tensor":
     """The sum of all processes' `values`, which have the same shape, in place; the same bits in each of them."""
     if group := _group():
@@ -174,6 +184,34 @@ def agreed(value: Any) -> Any:
 def barrier() -> None:
     """Returns when every process has come here."""
     gathered(None)
+
+
+class AveragesGradients:
+    """Of a Trainer in several processes, before its own class: gradients are averaged once an update, all of them in one.
+
+    DistributedDataParallel, which accelerate wraps around the model, averages in hooks of the parameters while autograd
+    goes back; a pass that is launched as a graph (looper.graphs) calls none of them. The Trainer clips in every update, as
+    max_grad_norm is never 0 here.
+    """
+
+    def training_step(self, *given: Any, **named: Any) -> "Tensor":
+        with self.accelerator.no_sync(self.model_wrapped):
+            return super().training_step(*given, **named)
+
+    def _clip_grad_norm(self, model: Any) -> "Tensor":
+        average([each.grad for each in model.parameters() if each.grad is not None])
+        return super()._clip_grad_norm(model)
+
+
+def average(gradients: Sequence["Tensor"]) -> None:
+    """Makes each of `gradients`, which have the same shapes in all processes, its mean over these, in place."""
+    if world() == 1 or not gradients:
+        return
+    import torch
+
+    means = total(torch.cat([each.flatten() for each in gradients])).div_(world())
+    for each, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
+        each.copy_(mean.view_as(each))
 
 
 def undivided(loader: "DataLoader") -> "DataLoader":

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from looper.distributed import world
 from looper.gpu_memory import unused_bytes
 from looper.layers import compiles
 from looper.packing import Rows
@@ -43,7 +42,8 @@ def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     for layer in layers[1:]:
         layer.forward = lambda hidden, **given: hidden
     try:
-        yield
+        with _own_stream(whole.parameters[0].device):
+            yield
     finally:
         for layer in layers:
             del layer.forward
@@ -51,8 +51,8 @@ def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
 
 
 def graphs(layers: Sequence[GradientCheckpointingLayer]) -> bool:
-    """Whether `layers` are launched as graphs: where they are compiled, in one process, whose gradients nobody waits for."""
-    return bool(layers) and world() == 1 and all(map(compiles, layers))
+    """Whether `layers` are launched as graphs: where they are compiled."""
+    return bool(layers) and all(map(compiles, layers))
 
 
 class Layers:
@@ -65,7 +65,6 @@ class Layers:
         self.gradients: list[Tensor] = []
         self.passes: dict[tuple[int, int, int], Pass] = {}  # by size
         self.memory: Any = None  # of the graphs
-        self.stream = torch.cuda.Stream() if self.parameters[0].is_cuda else None  # on which all of them are recorded
         self.begun = 0  # forward passes
 
     def __call__(self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], rows: Rows, **_: Any) -> Tensor:
@@ -118,9 +117,8 @@ class Pass:
         self.rows = rows._replace(starts=rows.starts.clone())
         self.gradient = torch.zeros_like(hidden)  # of the loss by self.out
         with _leaving_no_trace(hidden.device):
-            with _on(layers.stream):  # the first time compiles, and libraries take what they need
-                self._forward()
-                self._gradients()
+            self._forward()  # the first time compiles, and libraries take what they need
+            self._gradients()
             torch.cuda.empty_cache()  # the graphs have memory of their own, and take nothing that is left of this
             self.forward = record(self._forward, layers)
             self.backward = record(self._backward, layers)
@@ -171,7 +169,8 @@ def has_room(size: int) -> bool:
 def record(run: Callable[[], None], layers: Layers) -> Callable[[], None]:
     """A function that has the GPU do again what `run` has it do."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=layers.memory, stream=layers.stream):
+    # thread_local: of several processes, NCCL asks the GPU from a thread of its own meanwhile
+    with torch.cuda.graph(graph, pool=layers.memory, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         run()
     layers.memory = graph.pool()
     return graph.replay
@@ -188,13 +187,14 @@ def _leaving_no_trace(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Within the block the GPU works on `stream`, after and before what it does on the current one; None without a GPU."""
-    if stream is None:
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Within the block a GPU works on a stream of its own. Nothing can be recorded on the default one, and autograd returns
+    to it for each parameter that DistributedDataParallel has met there."""
+    if device.type != "cuda":
         yield
         return
-    current = torch.cuda.current_stream()
-    stream.wait_stream(current)
+    outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
         yield
-    current.wait_stream(stream)
+    outside.wait_stream(stream)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from trl import SFTTrainer
 
-from looper.distributed import gathered, rank, share, world
+from looper.distributed import dealt, gathered, rank, world
 
 
 def fitting_passes(trainer: SFTTrainer, batch_size: int) -> int:
@@ -16,9 +16,9 @@ def fitting_passes(trainer: SFTTrainer, batch_size: int) -> int:
     memory is short, it is one pass.
     Raises ValueError if not even a row a process fits.
     """
-    rows = sorted(trainer.train_dataset, key=lambda row: len(row["input_ids"]), reverse=True)[:batch_size]
+    rows = sorted(trainer.train_dataset, key=tokens, reverse=True)[:batch_size]
     for passes in (count for count in range(1, batch_size + 1) if batch_size % count == 0):
-        if on_cpu(trainer) or all(gathered(_fits(trainer, share(rows[:batch_size // passes])))):
+        if on_cpu(trainer) or all(gathered(_fits(trainer, dealt(rows[:batch_size // passes], tokens)[rank()] or rows[:1]))):
             if rank() == 0:
                 print(f"sft.micro_batch auto: {-(-batch_size // (passes * world()))} rows a pass, "
                       f"{passes} passes an update of {batch_size}", flush=True)
@@ -29,6 +29,11 @@ def fitting_passes(trainer: SFTTrainer, batch_size: int) -> int:
 
 def on_cpu(trainer: SFTTrainer) -> bool:
     return trainer.args.use_cpu
+
+
+def tokens(row: dict) -> int:
+    """How many tokens a row of the training dataset has."""
+    return len(row["input_ids"])
 
 
 def _fits(trainer: SFTTrainer, rows: Sequence[dict]) -> bool:

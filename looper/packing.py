@@ -35,12 +35,12 @@ class Rows(NamedTuple):
     longest: int  # beside the lengths: a compiled layer reads it, and would be compiled anew for each other list
 
 
-def end_to_end(real: Tensor) -> tuple[Rows, Tensor]:
+def end_to_end(real: Tensor, room: int = 0) -> tuple[Rows, Tensor]:
     """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens]), both
     with a last row of `filling`, if there is any."""
     positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real]
     lengths = real.sum(1).tolist()
-    if extra := filling(len(positions), real.device):
+    if extra := filling(len(positions), real.device, room):
         lengths.append(extra)
         positions = torch.cat([positions, torch.arange(extra, device=real.device)])
     return rows_of(lengths, real.device), positions[None]
@@ -50,12 +50,17 @@ def rows_of(lengths: list[int], device: torch.device) -> Rows:
     return Rows(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
 
 
-def filling(tokens: int, device: torch.device) -> int:
-    """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing."""
+def filling(tokens: int, device: torch.device, room: int = 0) -> int:
+    """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing.
+
+    room: the tokens of the largest pass that any process has at the same time. All of these become of one size: else each
+    would meet a new one at another time, and the others would wait while it records.
+    """
     if device.type != "cuda":
         return 0
-    step = max(PASS_TOKENS, 1 << tokens.bit_length() >> 4)
-    return step - tokens % step
+    most = max(tokens, room)
+    step = max(PASS_TOKENS, 1 << most.bit_length() >> 4)
+    return most + step - most % step - tokens
 
 
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
@@ -119,11 +124,11 @@ def is_plain(causal: PreTrainedModel) -> bool:
     return causal.config.model_type in PLAIN and not getattr(causal.config, "use_sliding_window", False)
 
 
-def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor, room: int = 0,
               **inputs: Any) -> Any:
     """`forward` of right-padded input_ids and labels [rows, length], their rows end to end."""
     real = attention_mask.bool()
-    rows, positions = end_to_end(real)
+    rows, positions = end_to_end(real, room)
     first = torch.zeros_like(real)
     first[:, 0] = True  # nothing of its row precedes it: the row before must not be trained to say it
     ids, following = input_ids[real], labels.masked_fill(first, IGNORED)[real]

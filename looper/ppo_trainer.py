@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from looper import compiling, ppo_math
-from looper.distributed import agreed, rank, share, total, undivided, world
+from looper.distributed import AveragesGradients, agreed, dealt, rank, total, undivided, world
 from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
 from looper.ppo_policy import PolicyWithValue
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-class OfflinePPOTrainer(Trainer):
+class OfflinePPOTrainer(AveragesGradients, Trainer):
     """PPO over stored responses. The policy as it comes in is the reference.
 
     folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.
@@ -111,7 +111,7 @@ class OfflinePPOTrainer(Trainer):
         longest = max(len(self.samples[i].response_ids) for i in indices)
         logprobs, values = torch.zeros(2, len(indices), longest, device=self.args.device)
         for rows in mini_batches(range(len(indices)), self.settings):
-            if rows := list(share(rows)):
+            if rows := list(self._dealt(rows, indices)):
                 tokens = collate([self.samples[indices[row]] for row in rows], self.args.device)
                 width = tokens.mask.shape[1]
                 # Compiled, it is one program with gradients and another without, whose last bits may differ: the one that
@@ -151,7 +151,10 @@ class OfflinePPOTrainer(Trainer):
         weights = ppo_math.importance_weights(old_logprobs, behaviour, mask, settings.importance_cap)
         # Drift is measured from the reference's side, KL(π_ref‖π_old): the responses were drawn near the reference, so
         # that this estimate is sound and never negative. log π_old − log π_ref falls below 0 as bad ones are unlearnt.
-        drift = ppo_math.kl_estimate(reference, old_logprobs, "k3").sum(1).mean().item()
+        # In float64: a token that the reference thought all but impossible is e^100 in it.
+        drift = ppo_math.kl_estimate(reference.double(), old_logprobs.double(), "k3").sum(1).mean().item()
+        if not isfinite(drift):
+            raise self._non_finite("KL from the reference", step.batch)
         self._log_batch(samples, drift, (old_logprobs - reference).sum(1).mean().item(), weights, mask)
         if settings.credit == "question":
             self._add(explained_variance=ppo_math.explained_variance(old_values, returns, mask).item())
@@ -217,7 +220,7 @@ class OfflinePPOTrainer(Trainer):
         def tokens(rows: Sequence[int]) -> int:
             return sum(len(self.samples[step.batch[row]].response_ids) for row in rows)
 
-        rows = list(share(step.rows))
+        rows = list(self._dealt(step.rows, step.batch))
         return rows or [step.rows[0]], tokens(rows) / tokens(step.rows)
 
     def _non_finite(self, what: str, indices: Sequence[int]) -> NonFiniteError:
@@ -242,9 +245,15 @@ class OfflinePPOTrainer(Trainer):
                   ess=ppo_math.effective_sample_size(weights, mask).item(),
                   response_tokens=mean([len(sample.response_ids) for sample in samples]))
 
+    def _dealt(self, rows: Sequence[int], batch: Sequence[int]) -> Sequence[int]:
+        """This process's part of a mini-batch's `rows`, which count into the batch's sample numbers."""
+        return dealt(rows, lambda row: self._tokens(batch[row]))[rank()]
+
+    def _tokens(self, index: int) -> int:
+        return len(self.samples[index].prompt_ids) + len(self.samples[index].response_ids)
+
     def _trained_tokens(self, step: Step) -> int:
-        batch = [self.samples[i] for i in step.batch]
-        return self.settings.ppo_epochs * sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in batch)
+        return self.settings.ppo_epochs * sum(map(self._tokens, step.batch))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over a PPO batch's updates to what the Trainer logs at the batch's end."""

@@ -15,20 +15,20 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLTrainer
 
 from looper.determinism import deterministic
-from looper.distributed import rank, share, undivided, world
+from looper.distributed import AveragesGradients, dealt, rank, undivided, world
 from looper.graphs import graphed_layers
 from looper.layers import compiled_layers
 from looper.live import LiveMetrics, show_progress
 from looper.lora import compute_in_base_precision
-from looper.micro_batch import fitting_passes
+from looper.micro_batch import fitting_passes, tokens
 from looper.nf4 import unpack_if_room
-from looper.packing import IGNORED, packed
+from looper.packing import IGNORED, is_plain, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
 from looper.scratch import last_checkpoint
 
 
-class SFTTrainer(TRLTrainer):
+class SFTTrainer(AveragesGradients, TRLTrainer):
     """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -36,15 +36,20 @@ class SFTTrainer(TRLTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if world() > 1:
-            self.data_collator = partial(_collate_share, self.data_collator)
+            self.data_collator = partial(_collate_share, self.data_collator, is_plain(self.model.get_base_model()))
         return undivided(super().get_train_dataloader())
 
 
-def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], rows: list[dict]) -> dict[str, Any]:
+def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], unpadded: bool, rows: list[dict]) -> dict[str, Any]:
     """This process's rows of a pass. One that has none takes two tokens with nothing to learn: its zeros belong to the
-    gradients' sum, for which the others wait."""
+    gradients' sum, for which the others wait.
+
+    unpadded: whether looper.packing takes the pass, which then fills it up to the size of the largest.
+    """
+    parts = dealt(rows, tokens)
     blank = {name: values[:2] for name, values in rows[0].items()} | {"labels": [IGNORED] * 2}
-    return collate(share(rows) or [blank])
+    room = {"room": max(sum(map(tokens, part)) for part in parts)} if unpadded else {}
+    return collate(parts[rank()] or [blank]) | room
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,

@@ -47,11 +47,14 @@ rows.register_autograd(lambda ctx, gradient: (*rows_backward(gradient, *ctx.save
                        setup_context=_keep)
 
 
+def varlen(query, key, value, starts, _, longest, __, scale, window_size):
+    return rows(query, key, value, starts, longest, scale)
+
+
 @pytest.fixture
 def opaque_attention(monkeypatch):
     monkeypatch.setattr(packing, "_has_flash_kernel", lambda query: True)
-    monkeypatch.setattr(packing, "varlen_attn", lambda query, key, value, starts, _, longest, __, scale, window_size:
-                        rows(query, key, value, starts, longest, scale))
+    monkeypatch.setattr(packing, "varlen_attn", varlen)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@ started as a launcher starts its processes, together with others; each leaves FO
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from looper.prompts import TEMPLATES
 from looper.rollouts import roll_out
 from looper.sft import finetune
 from looper.targets import self_targets
-from tests.looper import generation_helpers, ppo_helpers
+from tests.looper import compile_helpers, generation_helpers, ppo_helpers
 from tests.looper.ppo_helpers import Killed, KillAt
 
 CHATML = TEMPLATES["chatml"]
@@ -38,6 +40,7 @@ def work(folder: Path, device: str) -> dict[str, Any]:
         "sft with dropout": sft(folder / "dropout", device, dropout=0.3),
         "seed": torch.initial_seed(),
         "sft killed": sft(folder / "killed", device, dropout=0.3, kill_at=3),
+        "sft in halves": sft(folder / "halves", device, dtype=torch.bfloat16),  # compiled, and as graphs, on a GPU alone
         "chunks": chunks(folder, device),
         "targets": targets(model, folder / "targets"),
         "predict_dev": predict_dev(model, TOKENIZER, CHATML, tiny_rows(11), tiny_rows(7),
@@ -46,12 +49,26 @@ def work(folder: Path, device: str) -> dict[str, Any]:
     for credit in ("question", "arm"):
         made[f"ppo {credit}"] = ppo(folder / credit, device, credit)
     made["ppo question killed"] = ppo(folder / "question-killed", device, "question", kill_at=8)
+    if device == "cpu":
+        with graphs_on_a_processor():
+            made["sft as graphs"] = sft(folder / "graphs", device)
+            made["ppo arm as graphs"] = ppo(folder / "arm-graphs", device, "arm")
     for allocation in ("uniform", "thompson"):
         made[f"rollouts {allocation}"] = rollouts(model, folder / allocation, allocation)
     return made
 
 
-def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = None) -> tuple[dict, dict]:
+@contextmanager
+def graphs_on_a_processor() -> Iterator[None]:
+    """Within the block the layers' passes are as on a GPU, but that a graph is its function, called again."""
+    with (patch.multiple("looper.graphs", graphs=bool, record=lambda run, layers: run),
+          patch("looper.packing._has_flash_kernel", lambda query: True),
+          patch("looper.packing.varlen_attn", compile_helpers.varlen)):
+        yield
+
+
+def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = None,
+        dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
     """Three updates an epoch, of eight, eight and five rows, in passes of four and of one: for that one there is no row
     for a second process."""
     settings = tiny_sft(lora={"dropout": dropout}, epochs=2, batch_size=8, micro_batch=4 // world(), learning_rate=1e-3,
@@ -59,7 +76,7 @@ def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = N
 
     def run(*callbacks: TrainerCallback) -> tuple[Any, dict]:
         with patch("looper.sft._OnlyFinite", lambda: callbacks[0] if callbacks else TrainerCallback()):
-            model = tiny_model().to(device)
+            model = tiny_model().to(device, dtype)
             return finetune(model, TOKENIZER, CHATML, tiny_rows(21), settings, folder, folder / "live")
 
     if kill_at:

@@ -109,6 +109,13 @@ def test_alone_a_process_does_all_and_waits_for_nobody():
     distributed.first_process_only()
 
 
+def test_rows_are_dealt_so_that_each_process_has_about_as_much(monkeypatch):
+    assert distributed.dealt([3, 9, 1], abs) == [[3, 9, 1]]
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    assert distributed.dealt([3, 9, 1, 8, 2, 7, 6, 4, 5], abs) == [[9, 4, 3], [8, 5, 2], [7, 6, 1]]
+    assert distributed.dealt([3, 9], abs) == [[9], [3], []]
+
+
 # ---- the same results ----
 
 
@@ -161,6 +168,25 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
         assert all(torch.equal(found[name].cpu(), both[0][0][name].cpu()) for name in weights), "no process drifts away"
         for name in metrics:
             assert found_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "plain"), [("sft as graphs", "sft"), ("ppo arm as graphs", "ppo arm")])
+def test_graphs_are_the_same_in_several_processes(made, task, plain):
+    if task not in made[0]:
+        pytest.skip("on a GPU graphs are for halves: the test below")
+    for weights, _ in [made[0][task], *(each[task] for each in made[1])]:
+        for name, expected in made[0][plain][0].items():
+            torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_halves_train_alike_in_all_processes(made):
+    """Adam makes a whole step of what is rounding in halves: the losses are compared, not the weights."""
+    (_, metrics), both = made[0]["sft in halves"], [each["sft in halves"] for each in made[1]]
+    for name, expected in both[1][0].items():
+        assert torch.equal(both[0][0][name].cpu(), expected.cpu()), f"{name}: no process drifts away"
+    assert both[0][1]["logged loss"] == pytest.approx(metrics["logged loss"], rel=5e-3)
 
 
 @pytest.mark.slow

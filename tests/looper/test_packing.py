@@ -137,8 +137,9 @@ def test_gpu_a_pass_end_to_end_has_the_padded_pass_gradients():
 @pytest.fixture
 def filled(monkeypatch):
     """A processor fills its passes up too, as a GPU does."""
+    own = packing.filling
     for module in (packing, ppo_data):
-        monkeypatch.setattr(module, "filling", lambda tokens, device: packing.PASS_TOKENS - tokens % packing.PASS_TOKENS)
+        monkeypatch.setattr(module, "filling", lambda tokens, device, room=0: own(tokens, torch.device("cuda"), room))
 
 
 def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(filled):
@@ -149,6 +150,14 @@ def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(fille
     assert given["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, *range(119)]]
     assert given["rows"].lengths == [4, 2, 3, 119] and given["rows"].starts.tolist() == [0, 4, 6, 9, 128]
     assert given["rows"].longest == 119
+
+
+def test_passes_of_several_processes_are_filled_up_to_one_size(filled):
+    ids, real = torch.arange(12).view(3, 4) + 7, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    given = [packing._unpadded(lambda **inputs: inputs, ids[:count], real[:count], ids[:count], room=130)
+             for count in (1, 3)]
+    assert [each["input_ids"].shape for each in given] == [(1, 256)] * 2
+    assert [each["rows"].lengths for each in given] == [[4, 252], [4, 2, 3, 247]] and "room" not in given[0]
 
 
 def test_filling_changes_no_log_probability_of_ppo(filled, request):

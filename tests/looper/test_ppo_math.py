@@ -1,7 +1,8 @@
 """Every function against numbers worked by hand, a plain loop in float64, and the equations of the last TRL with PPO.
 
 TRL 1.12.0 is meant: `trl/experimental/ppo/ppo_trainer.py` (PPOTrainer.train, masked_mean, masked_var, masked_whiten)
-and `trl/trainer/utils.py` (selective_log_softmax). Its equations are written here anew, in numpy.
+and `trl/trainer/utils.py` (selective_log_softmax). Its equations are written here anew, in numpy. It has none for
+importance weights, effective sample size and a KL controller.
 """
 
 import math
@@ -77,6 +78,15 @@ def test_log_softmax_and_its_gradient_equal_the_plain_way(chunk):
     assert not entropy.requires_grad
 
 
+def test_log_softmax_is_that_of_trl():
+    rng = np.random.default_rng(0)
+    hidden, weight, index = rng.normal(size=(9, 5)), rng.normal(size=(13, 5)), rng.integers(0, 13, 9)
+    logits = hidden @ weight.T
+    selected_logits = np.take_along_axis(logits, index[:, None], -1)[:, 0]  # selective_log_softmax, full precision
+    expected = selected_logits - np.array([np.log(np.exp(row).sum()) for row in logits])
+    close(ppo_math.selective_log_softmax(tensor(hidden), tensor(weight), torch.tensor(index), 4)[0], expected)
+
+
 def test_log_softmax_never_holds_all_logits(monkeypatch):
     sizes = []
     plain = torch.nn.functional.linear
@@ -128,6 +138,14 @@ def test_kl_estimates_are_those_of_trl_and_unbiased(case):
             assert (estimate >= 0).all()
 
 
+def test_kl_estimates_equal_a_plain_loop(case):
+    k1, k3 = (ppo_math.kl_estimate(*tensors(case, "logprobs", "ref"), estimator) for estimator in ("k1", "k3"))
+    for b, t in np.ndindex(4, 7):
+        p, q = math.exp(case["logprobs"][b, t]), math.exp(case["ref"][b, t])
+        assert k1[b, t].item() == pytest.approx(math.log(p / q), abs=1e-6)
+        assert k3[b, t].item() == pytest.approx(q / p - 1 - math.log(q / p), abs=1e-6)
+
+
 # ---- rewards and GAE ----
 
 
@@ -135,6 +153,14 @@ def test_token_rewards_by_hand():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     rewards = ppo_math.token_rewards(tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), tensor([10.0, -10.0]), mask, beta=0.1)
     close(rewards, [[-0.1, -0.2, 9.7], [-10.4, 0.0, 0.0]])
+
+
+def test_token_rewards_equal_a_plain_loop(case):
+    found = ppo_math.token_rewards(*tensors(case, "values", "scores", "mask"), 0.3)
+    for b, t in np.ndindex(4, 7):
+        inside, last = t < case["lengths"][b], t == case["lengths"][b] - 1
+        expected = (-0.3 * case["values"][b, t] if inside else 0.0) + (case["scores"][b] if last else 0.0)
+        assert found[b, t].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_gae_by_hand():
@@ -207,6 +233,18 @@ def test_whiten_is_that_of_trl(case):
     close(found, np.where(mask, expected, 0.0))
     kept = found[torch.tensor(mask)]
     assert kept.mean().item() == pytest.approx(0, abs=1e-6) and kept.var().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_whiten_and_scale_to_unit_equal_a_plain_loop(case):
+    kept = [case["advantages"][b, t] for b, length in enumerate(case["lengths"]) for t in range(length)]
+    mean = sum(kept) / len(kept)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in kept) / (len(kept) - 1))
+    size = math.sqrt(sum(value**2 for value in kept) / len(kept))
+    white, scaled = (function(*tensors(case, "advantages", "mask")) for function in (ppo_math.whiten, ppo_math.scale_to_unit))
+    for b, t in np.ndindex(4, 7):
+        value, inside = case["advantages"][b, t], t < case["lengths"][b]
+        assert white[b, t].item() == pytest.approx((value - mean) / deviation if inside else 0.0, abs=1e-6)
+        assert scaled[b, t].item() == pytest.approx(value / size if inside else 0.0, abs=1e-6)
 
 
 def test_whiten_without_variance_is_zero():
@@ -284,6 +322,16 @@ def test_value_loss_is_that_of_trl(case):
     assert found.clip_fraction.item() == pytest.approx(((vf_losses2 > vf_losses1) * mask).sum() / mask.sum(), abs=1e-6)
 
 
+def test_value_loss_equals_a_plain_loop(case):
+    terms = []
+    for b, length in enumerate(case["lengths"]):
+        for t in range(length):
+            value, old, target = (case[name][b, t] for name in ("values", "old_values", "returns"))
+            terms.append(max((value - target) ** 2, (min(max(value, old - 0.2), old + 0.2) - target) ** 2))
+    found = ppo_math.value_loss(*tensors(case, "values", "old_values", "returns", "mask"), 0.2)
+    assert found.loss.item() == pytest.approx(sum(terms) / len(terms) / 2, abs=1e-6)
+
+
 def test_no_gradient_reaches_padding(case):
     mask = torch.tensor(case["mask"])
     logprobs, values = (each.requires_grad_() for each in tensors(case, "logprobs", "values"))
@@ -305,6 +353,18 @@ def test_importance_weights_by_hand():
     close(weights, [[1.25, 0.25, 2.0, 0.0]])  # the third would be e^5000 without the cap
     # (1.25 + 0.25 + 2)² / (3·(1.5625 + 0.0625 + 4)) = 12.25 / 16.875
     assert ppo_math.effective_sample_size(weights, mask).item() == pytest.approx(12.25 / 16.875, abs=1e-9)
+
+
+def test_importance_weights_and_their_effective_sample_size_equal_a_plain_loop(case):
+    weights = ppo_math.importance_weights(*tensors(case, "logprobs", "old", "mask"), 1.5)
+    expected, kept = np.zeros((4, 7)), []
+    for b, length in enumerate(case["lengths"]):
+        for t in range(length):
+            expected[b, t] = min(math.exp(case["logprobs"][b, t]) / math.exp(case["old"][b, t]), 1.5)
+            kept.append(expected[b, t])
+    close(weights, expected)
+    size = sum(kept) ** 2 / (len(kept) * sum(weight**2 for weight in kept))
+    assert ppo_math.effective_sample_size(weights, torch.tensor(case["mask"])).item() == pytest.approx(size, abs=1e-6)
 
 
 def test_effective_sample_size_bounds():
@@ -348,3 +408,12 @@ def test_kl_controller_acts_within_a_run_and_can_be_held():
     assert acting.beta == pytest.approx(0.05 * 1.032**62, rel=1e-9) and acting.beta > 0.3
     assert usual.beta < 0.0506  # what the default horizon of the past did: nothing
     assert held.beta == 0.05
+
+
+def test_kl_controller_equals_a_plain_loop():
+    controller, beta = ppo_math.AdaptiveKLController(0.2, 2.0, 1000.0), 0.2
+    for kl, n in zip(np.random.default_rng(0).uniform(0, 4, 300), [64] * 299 + [7]):
+        controller.update(kl, n)
+        error = kl / 2.0 - 1
+        beta = beta * (1 + (0.2 if error > 0.2 else -0.2 if error < -0.2 else error) * n / 1000)
+    assert controller.beta == pytest.approx(beta, rel=1e-9) and beta != 0.2

@@ -325,3 +325,23 @@ def test_a_broken_policy_is_found_before_training(tmp_path):
     with pytest.raises(NonFiniteError, match="log-probability"):
         run(tmp_path, model=model)
     assert not (tmp_path / VALUE_HEAD).exists() and not (tmp_path / "reference.safetensors").exists()
+
+
+@pytest.mark.parametrize("nats", [100, 800])
+def test_a_token_all_but_impossible_to_the_reference(tmp_path, monkeypatch, nats):
+    """e^100 is a KL that float32 does not hold, and e^800 none that float64 does."""
+    plain = OfflinePPOTrainer._reference_logprobs
+
+    def reference(trainer):
+        found = plain(trainer)
+        found[2] = found[2] - torch.tensor([nats, *[0] * (len(found[2]) - 1)])
+        return found
+
+    monkeypatch.setattr(OfflinePPOTrainer, "_reference_logprobs", reference)
+    if nats == 100:
+        recorder = Recorder()
+        run(tmp_path, callbacks=[recorder])
+        assert 1e42 < max(batch["kl"] for batch in recorder.batches) < 1e44  # a quarter of e^100, and what training moved
+    else:
+        with pytest.raises(NonFiniteError, match="KL from the reference of optimiser step .*train-2/arm"):
+            run(tmp_path)

@@ -89,6 +89,20 @@ def assert_close(found, expected, atol=1e-5):
 
 # ---- what is trained on ----
 
+@pytest.mark.parametrize(("lengths", "parts"), [((3, 9, 2, 7), [[9, 2], [7, 3]]), ((5,), [[5], [2]])])
+def test_each_of_two_processes_takes_its_part_of_a_pass_and_knows_the_largest(monkeypatch, lengths, parts):
+    rows = [{"input_ids": [7] * length, "labels": [7] * length} for length in lengths]
+    monkeypatch.setattr("looper.distributed.world", lambda: 2)
+    for number, part in enumerate(parts):
+        monkeypatch.setattr(sft, "rank", lambda: number)
+        for unpadded, room in ((True, {"room": max(sum(parts[0]), sum(parts[1]))}), (False, {})):
+            made = sft._collate_share(lambda taken: {"taken": taken}, unpadded, rows)
+            taken = made.pop("taken")
+            assert [len(row["input_ids"]) for row in taken] == part and made == room
+    assert set(taken[-1]["labels"]) == ({7} if len(lengths) > 1 else {-100})
+
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_labels_are_the_completion_and_its_end_token(train, tokenizer, name):
     template, rows = TEMPLATES[name], tiny_rows(8)
