@@ -22,8 +22,7 @@ SPEEDUPS = {
     # In training the decoder layers, and PPO's log-softmax with them; in generation the pieces and the sampler
     "compiling": Speedup(("sft", "rollouts", "ppo", "eval"), dict.fromkeys(
         ("looper.compiling.compiles_on", "looper.decoding.compiles_on"), lambda device: False)),
-    "filling": Speedup(("sft", "ppo"), dict.fromkeys(
-        ("looper.packing.filling", "looper.ppo_data.filling"), lambda tokens, device, room=0: 0)),
+    "filling": Speedup(("sft", "ppo"), {"looper.packing.filling": lambda tokens, device: 0}),
     # In training the decoder layers' passes: launched as one, for each size of pass
     "graphs": Speedup(("sft", "ppo"), {"looper.graphs.graphs": lambda layers: False}),
     # Compiling and graphs go with it: looper.layers leaves layers in four bits plain

@@ -1,9 +1,9 @@
 """Several processes, one a GPU: how a stage starts them, and how they work as one.
 
 This machine's accelerate configuration (`accelerate config` writes it) says how many; without one a stage is one
-process. Every process loads the whole model. Training divides each batch's rows among them and sums the gradients;
-generation divides its chunks. The first process alone writes what the stage makes. Processes on several hosts need the
-repository's folder on a file system that all of them see, and each host's stage started there.
+process. Every process loads the whole model. Training divides each batch's rows among them and averages the
+gradients; generation divides its chunks. The first process alone writes what the stage makes. Processes on several hosts
+need the repository's folder on a file system that all of them see, and each host's stage started there.
 """
 
 import ctypes
@@ -218,7 +218,8 @@ def undivided(loader: "DataLoader") -> "DataLoader":
     """A Trainer's data loader, from which every process draws every batch.
 
     accelerate would give each process whole batches of its own, and the first rows again where they do not come out
-    even. A trainer of ours takes its `share` of each batch instead: the same batches, whatever the number of processes.
+    even. A trainer of ours takes its part of each batch instead (see `dealt`): the same batches, whatever the number of
+    processes.
     """
     if world() > 1:
         divider = loader.batch_sampler  # accelerate's BatchSamplerShard: for one process it divides nothing

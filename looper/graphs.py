@@ -195,6 +195,8 @@ def _own_stream(device: torch.device) -> Iterator[None]:
         return
     outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(outside)
-    with torch.cuda.stream(stream):
-        yield
-    outside.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outside.wait_stream(stream)

@@ -3,7 +3,7 @@
 On a processor the language model's head is ours too: it makes no logits twice. On a GPU TRL's kernels do better.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from types import SimpleNamespace
@@ -35,32 +35,36 @@ class Rows(NamedTuple):
     longest: int  # beside the lengths: a compiled layer reads it, and would be compiled anew for each other list
 
 
-def end_to_end(real: Tensor, room: int = 0) -> tuple[Rows, Tensor]:
-    """Of right-padded rows, `real` [rows, length] true at their tokens: (Rows, their tokens' positions [1, tokens]), both
-    with a last row of `filling`, if there is any."""
+def end_to_end(real: Tensor, passes: Sequence[Sequence[int]] = ()) -> tuple[Rows, Tensor]:
+    """Of right-padded rows, `real` [rows, length] true at their tokens: (`rows_of` them, their tokens' positions
+    [1, tokens])."""
     positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real]
-    lengths = real.sum(1).tolist()
-    if extra := filling(len(positions), real.device, room):
-        lengths.append(extra)
-        positions = torch.cat([positions, torch.arange(extra, device=real.device)])
-    return rows_of(lengths, real.device), positions[None]
+    rows = rows_of(real.sum(1).tolist(), real.device, passes)
+    extra = torch.arange(sum(rows.lengths) - len(positions), device=real.device)
+    return rows, torch.cat([positions, extra])[None]
 
 
-def rows_of(lengths: list[int], device: torch.device) -> Rows:
-    return Rows(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), max(lengths))
+def rows_of(lengths: list[int], device: torch.device, passes: Sequence[Sequence[int]] = ()) -> Rows:
+    """Where rows of these lengths stand, with a last row of `filling`, if there is any.
 
-
-def filling(tokens: int, device: torch.device, room: int = 0) -> int:
-    """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing.
-
-    room: the tokens of the largest pass that any process has at the same time. All of these become of one size: else each
-    would meet a new one at another time, and the others would wait while it records.
+    passes: the rows' lengths of every process's pass at the same time, if there are several. All become of one size: else
+    each process would meet a new one at another time, and the others would wait while it records (looper.graphs).
     """
+    passes = [lengths, *filter(None, passes)]
+    totals = [sum(each) for each in passes]
+    longest = max(map(max, passes))
+    if extra := filling(max(totals), device):
+        size = max(totals) + extra
+        lengths, longest = [*lengths, size - totals[0]], max(longest, size - min(totals))
+    return Rows(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), longest)
+
+
+def filling(tokens: int, device: torch.device) -> int:
+    """The tokens that a pass of `tokens` has besides: at least one on a GPU, so that the number of rows tells nothing."""
     if device.type != "cuda":
         return 0
-    most = max(tokens, room)
-    step = max(PASS_TOKENS, 1 << most.bit_length() >> 4)
-    return most + step - most % step - tokens
+    step = max(PASS_TOKENS, 1 << tokens.bit_length() >> 4)
+    return step - tokens % step
 
 
 def row_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
@@ -124,11 +128,11 @@ def is_plain(causal: PreTrainedModel) -> bool:
     return causal.config.model_type in PLAIN and not getattr(causal.config, "use_sliding_window", False)
 
 
-def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor, room: int = 0,
-              **inputs: Any) -> Any:
-    """`forward` of right-padded input_ids and labels [rows, length], their rows end to end."""
+def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
+              passes: Sequence[Sequence[int]] = (), **inputs: Any) -> Any:
+    """`forward` of right-padded input_ids and labels [rows, length], their rows end to end; passes: see `rows_of`."""
     real = attention_mask.bool()
-    rows, positions = end_to_end(real, room)
+    rows, positions = end_to_end(real, passes)
     first = torch.zeros_like(real)
     first[:, 0] = True  # nothing of its row precedes it: the row before must not be trained to say it
     ids, following = input_ids[real], labels.masked_fill(first, IGNORED)[real]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from looper.jsonl import check_row
-from looper.packing import Rows, filling, rows_of
+from looper.packing import Rows, rows_of
 from looper.ppo_settings import PPOSettings
 
 COMPONENTS = ("s_end", "s_path", "s_cf", "s_wm")
@@ -136,11 +136,13 @@ class Tokens(NamedTuple):
     mask: Tensor  # [B, T]: true at response tokens, T of the longest; its trues are the N, row by row
 
 
-def collate(samples: Sequence[PPOSample], device: torch.device) -> Tokens:
+def collate(samples: Sequence[PPOSample], device: torch.device, passes: Sequence[Sequence[int]] = ()) -> Tokens:
+    """The samples as a pass; passes: see `looper.packing.rows_of`."""
     prompts, responses = ([len(ids) for ids in each] for each in zip(*((s.prompt_ids, s.response_ids) for s in samples)))
     lengths = [prompt + response for prompt, response in zip(prompts, responses)]
     ends = list(accumulate(lengths, initial=0))
-    fill = [extra] if (extra := filling(ends[-1], device)) else []  # a last row that predicts nothing
+    rows = rows_of(lengths, device, passes)
+    fill = rows.lengths[len(lengths):]  # a last row that predicts nothing
     # A response token is predicted from the token before it
     sources = [range(end - response - 1, end - 1) for end, response in zip(ends[1:], responses)]
     mask = torch.arange(max(responses)) < torch.tensor(responses)[:, None]
@@ -150,7 +152,7 @@ def collate(samples: Sequence[PPOSample], device: torch.device) -> Tokens:
 
     ids = [(*s.prompt_ids, *s.response_ids) for s in samples]
     return Tokens(flat([*ids, *([0] * extra for extra in fill)])[None], flat(map(range, lengths + fill))[None],
-                  rows_of(lengths + fill, device), flat(sources), flat(s.response_ids for s in samples), mask.to(device))
+                  rows, flat(sources), flat(s.response_ids for s in samples), mask.to(device))
 
 
 def padded(rows: Sequence[Sequence[float] | Tensor], dtype: torch.dtype) -> Tensor:

@@ -111,8 +111,9 @@ class OfflinePPOTrainer(AveragesGradients, Trainer):
         longest = max(len(self.samples[i].response_ids) for i in indices)
         logprobs, values = torch.zeros(2, len(indices), longest, device=self.args.device)
         for rows in mini_batches(range(len(indices)), self.settings):
-            if rows := list(self._dealt(rows, indices)):
-                tokens = collate([self.samples[indices[row]] for row in rows], self.args.device)
+            rows, passes = self._dealt(rows, indices)
+            if rows:
+                tokens = collate([self.samples[indices[row]] for row in rows], self.args.device, passes)
                 width = tokens.mask.shape[1]
                 # Compiled, it is one program with gradients and another without, whose last bits may differ: the one that
                 # trains makes the first ratio exactly 1
@@ -191,8 +192,10 @@ class OfflinePPOTrainer(AveragesGradients, Trainer):
                      num_items_in_batch: Any = None) -> Tensor:
         """The loss of one mini-batch: the clipped surrogate, plus the weighted value loss under question credit."""
         step, settings = self.plan[inputs["step"]], self.settings
-        rows, weight = self._share_of(step)
-        tokens = collate([self.samples[step.batch[row]] for row in rows], self.args.device)
+        rows, passes = self._dealt(step.rows, step.batch)
+        weight = self._responses(step, rows) / self._responses(step, step.rows)
+        rows = rows or [step.rows[0]]  # of no weight: the other processes wait for this one's gradients
+        tokens = collate([self.samples[step.batch[row]] for row in rows], self.args.device, passes)
         width = tokens.mask.shape[1]
         batch = Batch(*(tensor[rows, :width] for tensor in self.batch))
         logprobs, values, entropies = model(tokens)
@@ -214,14 +217,15 @@ class OfflinePPOTrainer(AveragesGradients, Trainer):
         self._add(**dict(zip(means, whole, strict=True)))
         return loss * (weight * world())  # the gradients' mean over the processes is then that of the whole mini-batch
 
-    def _share_of(self, step: Step) -> tuple[list[int], float]:
-        """This process's rows of a mini-batch, and what part of its tokens they hold. One that has none takes the first
-        row for nothing: the others wait for its gradients."""
-        def tokens(rows: Sequence[int]) -> int:
-            return sum(len(self.samples[step.batch[row]].response_ids) for row in rows)
+    def _dealt(self, rows: Sequence[int], batch: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """(this process's part of a mini-batch's `rows`, which count into the batch's sample numbers; the lengths in every
+        process's)."""
+        parts = dealt(rows, lambda row: self._tokens(batch[row]))
+        return list(parts[rank()]), [[self._tokens(batch[row]) for row in part] for part in parts]
 
-        rows = list(self._dealt(step.rows, step.batch))
-        return rows or [step.rows[0]], tokens(rows) / tokens(step.rows)
+    def _responses(self, step: Step, rows: Sequence[int]) -> int:
+        """How many response tokens a mini-batch's `rows` have."""
+        return sum(len(self.samples[step.batch[row]].response_ids) for row in rows)
 
     def _non_finite(self, what: str, indices: Sequence[int]) -> NonFiniteError:
         names = ", ".join(self.samples[i].id for i in indices)
@@ -244,10 +248,6 @@ class OfflinePPOTrainer(AveragesGradients, Trainer):
                   **{name: mean([sample.components[name] for sample in samples]) for name in COMPONENTS},
                   ess=ppo_math.effective_sample_size(weights, mask).item(),
                   response_tokens=mean([len(sample.response_ids) for sample in samples]))
-
-    def _dealt(self, rows: Sequence[int], batch: Sequence[int]) -> Sequence[int]:
-        """This process's part of a mini-batch's `rows`, which count into the batch's sample numbers."""
-        return dealt(rows, lambda row: self._tokens(batch[row]))[rank()]
 
     def _tokens(self, index: int) -> int:
         return len(self.samples[index].prompt_ids) + len(self.samples[index].response_ids)

@@ -42,14 +42,13 @@ class SFTTrainer(AveragesGradients, TRLTrainer):
 
 def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], unpadded: bool, rows: list[dict]) -> dict[str, Any]:
     """This process's rows of a pass. One that has none takes two tokens with nothing to learn: its zeros belong to the
-    gradients' sum, for which the others wait.
+    gradients' mean, for which the others wait.
 
-    unpadded: whether looper.packing takes the pass, which then fills it up to the size of the largest.
+    unpadded: whether looper.packing takes the pass, and so wants to know every process's.
     """
-    parts = dealt(rows, tokens)
     blank = {name: values[:2] for name, values in rows[0].items()} | {"labels": [IGNORED] * 2}
-    room = {"room": max(sum(map(tokens, part)) for part in parts)} if unpadded else {}
-    return collate(parts[rank()] or [blank]) | room
+    parts = [part or [blank] for part in dealt(rows, tokens)]
+    return collate(parts[rank()]) | ({"passes": [list(map(tokens, part)) for part in parts]} if unpadded else {})
 
 
 def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, rows: list[dict], sft: Sft,

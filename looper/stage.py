@@ -15,9 +15,10 @@ PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTI
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # Read when PyTorch is imported. cuBLAS gives equal runs equal bits only with a workspace of its own. And only what
 # looper.compiling compiles is: without this, bitsandbytes loads PyTorch's compiler, two seconds in every stage that has
-# an adapter. Passes of many sizes leave gaps in the GPU's memory that no larger one can use; segments that grow do not.
+# an adapter. Passes of many sizes leave gaps in the GPU's memory that no larger one can use; segments that grow do not:
+# they are for whoever has set nothing else.
 TORCH = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHDYNAMO_DISABLE": "1",
-         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+         "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
 
 # Of several processes the one that knows best what is wrong shall say it, and its end then ends the others: these wait
 # so many seconds before they say it themselves. All may meet the same error: the first process says it.

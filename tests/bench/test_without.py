@@ -10,7 +10,7 @@ from tiny import tiny_model
 from bench import generation, ppo, sft
 from bench.without import SPEEDUPS, switched_off
 from bench.workload import load, with_adapter
-from looper import compiling, decoding, graphs, layers, packing, ppo_data
+from looper import compiling, decoding, graphs, layers, packing
 from looper import ppo as looper_ppo
 from looper import sft as looper_sft
 
@@ -44,10 +44,9 @@ def test_without_compiling_pieces_and_sampler_in_decoding_are_plain(monkeypatch)
 
 
 def test_without_filling_passes_on_a_gpu_stay_as_long_as_they_are():
-    modules = (packing, ppo_data)
-    assert [module.filling(100, CUDA) for module in modules] == [28, 28]
+    assert packing.filling(100, CUDA) == 28
     with switched_off("filling"):
-        assert [module.filling(100, CUDA) for module in modules] == [0, 0]
+        assert packing.filling(100, CUDA) == 0
 
 
 def test_without_graphs_layers_that_could_be_recorded_are_not():
@@ -79,7 +78,7 @@ def test_without_unpacking_no_weight_is_unpacked(setup, monkeypatch, library, fo
 
 
 def test_a_speedup_that_is_no_longer_there_cannot_be_switched_off(monkeypatch):
-    monkeypatch.delattr(ppo_data, "filling")
+    monkeypatch.delattr(packing, "filling")
     with pytest.raises(AttributeError, match="filling"), switched_off("filling"):
         pass
 

@@ -1,5 +1,7 @@
 """The compiled path of a GPU on a processor: layers are compiled, and attention is one opaque operator, as there."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -49,6 +51,13 @@ rows.register_autograd(lambda ctx, gradient: (*rows_backward(gradient, *ctx.save
 
 def varlen(query, key, value, starts, _, longest, __, scale, window_size):
     return rows(query, key, value, starts, longest, scale)
+
+
+def filled_rows(lengths, device, passes=()):
+    """`packing.rows_of` of a processor that fills passes up as a GPU does."""
+    filling = packing.filling
+    with patch.object(packing, "filling", lambda tokens, device: filling(tokens, torch.device("cuda"))):
+        return packing.rows_of(lengths, device, passes)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import CPU, tiny_model, tiny_rows, tiny_sft, tiny_tokenizer
 from transformers import TrainerCallback
 
+from looper import packing
 from looper.distributed import barrier, first_process_only, rank, start_processes, world
 from looper.generation import Request, generate_in_chunks
 from looper.params import Eval, Rollouts
@@ -26,6 +28,7 @@ from looper.rollouts import roll_out
 from looper.sft import finetune
 from looper.targets import self_targets
 from tests.looper import compile_helpers, generation_helpers, ppo_helpers
+from tests.looper.compile_helpers import filled_rows
 from tests.looper.ppo_helpers import Killed, KillAt
 
 CHATML = TEMPLATES["chatml"]
@@ -39,8 +42,8 @@ def work(folder: Path, device: str) -> dict[str, Any]:
         "sft": sft(folder / "sft", device),
         "sft with dropout": sft(folder / "dropout", device, dropout=0.3),
         "seed": torch.initial_seed(),
+        "passes": passes(folder / "passes", device),
         "sft killed": sft(folder / "killed", device, dropout=0.3, kill_at=3),
-        "sft in halves": sft(folder / "halves", device, dtype=torch.bfloat16),  # compiled, and as graphs, on a GPU alone
         "chunks": chunks(folder, device),
         "targets": targets(model, folder / "targets"),
         "predict_dev": predict_dev(model, TOKENIZER, CHATML, tiny_rows(11), tiny_rows(7),
@@ -52,7 +55,14 @@ def work(folder: Path, device: str) -> dict[str, Any]:
     if device == "cpu":
         with graphs_on_a_processor():
             made["sft as graphs"] = sft(folder / "graphs", device)
-            made["ppo arm as graphs"] = ppo(folder / "arm-graphs", device, "arm")
+            for credit in ("question", "arm"):
+                made[f"ppo {credit} as graphs"] = ppo(folder / f"{credit}-graphs", device, credit)
+    half = {"dtype": torch.bfloat16}  # on a GPU layers are compiled, and launched as graphs, in halves alone
+    for task, run in {"sft": sft, "ppo question": partial(ppo, credit="question"), "ppo arm": partial(ppo, credit="arm"),
+                      "sft with dropout": partial(sft, dropout=0.3)}.items():
+        made[f"{task} in halves"] = run(folder / f"{task} halves", device, **half)
+    made["sft killed in halves"] = sft(folder / "killed-halves", device, dropout=0.3, kill_at=3, **half)
+    made["ppo question killed in halves"] = ppo(folder / "question-killed-halves", device, "question", kill_at=8, **half)
     for allocation in ("uniform", "thompson"):
         made[f"rollouts {allocation}"] = rollouts(model, folder / allocation, allocation)
     return made
@@ -62,7 +72,7 @@ def work(folder: Path, device: str) -> dict[str, Any]:
 def graphs_on_a_processor() -> Iterator[None]:
     """Within the block the layers' passes are as on a GPU, but that a graph is its function, called again."""
     with (patch.multiple("looper.graphs", graphs=bool, record=lambda run, layers: run),
-          patch("looper.packing._has_flash_kernel", lambda query: True),
+          patch("looper.packing._has_flash_kernel", lambda query: True), patch("looper.ppo_data.rows_of", filled_rows),
           patch("looper.packing.varlen_attn", compile_helpers.varlen)):
         yield
 
@@ -89,13 +99,28 @@ def sft(folder: Path, device: str, dropout: float = 0.0, kill_at: int | None = N
     return ppo_helpers.trainable(model), metrics
 
 
-def ppo(folder: Path, device: str, credit: str, kill_at: int | None = None) -> tuple[dict, dict]:
+def passes(folder: Path, device: str) -> list[list[list[int]]]:
+    """What reached each pass of fine-tuning of every process's rows."""
+    name, found = "_scores" if device == "cpu" else "_unpadded", []
+    own = getattr(packing, name)
+
+    def noting(*given: Any, **inputs: Any) -> Any:
+        found.append(inputs.get("passes"))
+        return own(*given, **inputs)
+
+    with patch.object(packing, name, noting):
+        sft(folder, device)
+    return found
+
+
+def ppo(folder: Path, device: str, credit: str, kill_at: int | None = None,
+        dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
     """Batches of four samples and of one, mini-batches of two and of one: of one row, one process of two has none."""
     settings = replace(ppo_helpers.QUICK, credit=credit, epochs=2, learning_rate=1e-3, save_steps=1,
                        kl=KLSettings(horizon=20), off_policy="truncated_is")
 
     def run(*callbacks: TrainerCallback) -> tuple[Any, dict]:
-        model = ppo_helpers.make_model().to(device)
+        model = ppo_helpers.make_model(dtype).to(device)
         samples = ppo_helpers.make_samples(5, credit)
         return model, train_ppo(model, samples, settings, folder, folder / VALUE_HEAD, callbacks)
 

@@ -171,8 +171,9 @@ def test_training_is_the_same_up_to_the_order_of_sums(made, task, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "plain"), [("sft as graphs", "sft"), ("ppo arm as graphs", "ppo arm")])
-def test_graphs_are_the_same_in_several_processes(made, task, plain):
+@pytest.mark.parametrize("plain", ["sft", "ppo question", "ppo arm"])
+def test_graphs_are_the_same_in_several_processes(made, plain):
+    task = f"{plain} as graphs"
     if task not in made[0]:
         pytest.skip("on a GPU graphs are for halves: the test below")
     for weights, _ in [made[0][task], *(each[task] for each in made[1])]:
@@ -181,12 +182,28 @@ def test_graphs_are_the_same_in_several_processes(made, task, plain):
 
 
 @pytest.mark.slow
-def test_halves_train_alike_in_all_processes(made):
-    """Adam makes a whole step of what is rounding in halves: the losses are compared, not the weights."""
-    (_, metrics), both = made[0]["sft in halves"], [each["sft in halves"] for each in made[1]]
+@pytest.mark.parametrize("task", ["sft", "ppo question", "ppo arm"])
+def test_halves_train_alike_in_all_processes(made, task):
+    """Adam makes a whole step of what is rounding in halves: what is logged is compared, not the weights. A gradient that
+    lacked a process's rows would have another norm."""
+    (_, metrics), both = made[0][f"{task} in halves"], [each[f"{task} in halves"] for each in made[1]]
     for name, expected in both[1][0].items():
         assert torch.equal(both[0][0][name].cpu(), expected.cpu()), f"{name}: no process drifts away"
-    assert both[0][1]["logged loss"] == pytest.approx(metrics["logged loss"], rel=5e-3)
+    if task == "sft":
+        assert both[0][1]["logged loss"] == pytest.approx(metrics["logged loss"], rel=5e-3)
+        assert both[0][1]["logged grad_norm"] == pytest.approx(metrics["logged grad_norm"], rel=0.05)
+    else:
+        assert both[0][1]["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_every_process_knows_the_rows_of_all_in_each_pass_of_fine_tuning(made):
+    alone, (one, other) = made[0]["passes"], (each["passes"] for each in made[1])
+    assert alone and set(alone) == {None}, "alone there is nothing to know"
+    assert one == other and all(len(passes) == 2 for passes in one)
+    # Passes of four rows, two a process; the last update of an epoch has five: four and one, for which the other has two tokens
+    assert [[len(part) for part in passes] for passes in one] == 2 * [*[[2, 2]] * 5, [1, 1]]
+    assert [passes[1] for passes in one if len(passes[1]) == 1] == [[2], [2]]
 
 
 @pytest.mark.slow
@@ -197,8 +214,9 @@ def test_answers_are_identical(made, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "whole"), [("sft killed", "sft with dropout"),
-                                             ("ppo question killed", "ppo question")])
+@pytest.mark.parametrize(("task", "whole"), [
+    ("sft killed", "sft with dropout"), ("ppo question killed", "ppo question"),
+    ("sft killed in halves", "sft with dropout in halves"), ("ppo question killed in halves", "ppo question in halves")])
 def test_a_killed_training_goes_on_with_the_same_bits(made, task, whole):
     for each in [made[0], *made[1]]:
         (weights, metrics), (expected, expected_metrics) = each[task], each[whole]

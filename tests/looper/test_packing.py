@@ -1,6 +1,7 @@
 """What fine-tuning on a processor computes without padding is what the plain way computes, gradients included."""
 
 from contextlib import nullcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -138,8 +139,7 @@ def test_gpu_a_pass_end_to_end_has_the_padded_pass_gradients():
 def filled(monkeypatch):
     """A processor fills its passes up too, as a GPU does."""
     own = packing.filling
-    for module in (packing, ppo_data):
-        monkeypatch.setattr(module, "filling", lambda tokens, device, room=0: own(tokens, torch.device("cuda"), room))
+    monkeypatch.setattr(packing, "filling", lambda tokens, device: own(tokens, torch.device("cuda")))
 
 
 def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(filled):
@@ -152,12 +152,27 @@ def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(fille
     assert given["rows"].longest == 119
 
 
-def test_passes_of_several_processes_are_filled_up_to_one_size(filled):
-    ids, real = torch.arange(12).view(3, 4) + 7, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    given = [packing._unpadded(lambda **inputs: inputs, ids[:count], real[:count], ids[:count], room=130)
-             for count in (1, 3)]
-    assert [each["input_ids"].shape for each in given] == [(1, 256)] * 2
-    assert [each["rows"].lengths for each in given] == [[4, 252], [4, 2, 3, 247]] and "room" not in given[0]
+@pytest.mark.parametrize("passes", [
+    [[260, 200, 180, 140], [250, 240, 170, 150]],  # the longest rows are on both sides of a power of two
+    [[430, 3], [210, 140]],
+    [[300, 299], [2]],  # the filling is longer than any row
+])
+def test_passes_of_several_processes_become_of_one_size(filled, passes):
+    made = [packing.rows_of(lengths, torch.device("cpu"), passes) for lengths in passes]
+    assert len({sum(rows.lengths) for rows in made}) == len({rows.longest for rows in made}) == 1
+    for rows, lengths in zip(made, passes, strict=True):
+        assert rows.lengths[:-1] == lengths and rows.starts.tolist() == [0, *accumulate(rows.lengths)]
+        assert rows.longest >= max(rows.lengths) and sum(rows.lengths) % packing.PASS_TOKENS == 0
+
+
+def test_a_processor_fills_no_pass_up_for_others():
+    assert packing.rows_of([3, 2], torch.device("cpu"), [[3, 2], [9]]).lengths == [3, 2]
+
+
+def test_a_pass_of_fine_tuning_knows_the_others(filled):
+    ids = torch.arange(6).view(2, 3)
+    given = packing._unpadded(lambda **inputs: inputs, ids, torch.ones(2, 3), ids, passes=[[3, 3], [100, 30]])
+    assert given["rows"].lengths == [3, 3, 250] and given["input_ids"].shape == (1, 256) and "passes" not in given
 
 
 def test_filling_changes_no_log_probability_of_ppo(filled, request):

@@ -240,7 +240,8 @@ def test_whiten_and_scale_to_unit_equal_a_plain_loop(case):
     mean = sum(kept) / len(kept)
     deviation = math.sqrt(sum((value - mean) ** 2 for value in kept) / (len(kept) - 1))
     size = math.sqrt(sum(value**2 for value in kept) / len(kept))
-    white, scaled = (function(*tensors(case, "advantages", "mask")) for function in (ppo_math.whiten, ppo_math.scale_to_unit))
+    given = tensors(case, "advantages", "mask")
+    white, scaled = ppo_math.whiten(*given), ppo_math.scale_to_unit(*given)
     for b, t in np.ndindex(4, 7):
         value, inside = case["advantages"][b, t], t < case["lengths"][b]
         assert white[b, t].item() == pytest.approx((value - mean) / deviation if inside else 0.0, abs=1e-6)

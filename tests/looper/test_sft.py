@@ -90,17 +90,17 @@ def assert_close(found, expected, atol=1e-5):
 # ---- what is trained on ----
 
 @pytest.mark.parametrize(("lengths", "parts"), [((3, 9, 2, 7), [[9, 2], [7, 3]]), ((5,), [[5], [2]])])
-def test_each_of_two_processes_takes_its_part_of_a_pass_and_knows_the_largest(monkeypatch, lengths, parts):
+def test_each_of_two_processes_takes_its_part_of_a_pass_and_knows_the_others(monkeypatch, lengths, parts):
     rows = [{"input_ids": [7] * length, "labels": [7] * length} for length in lengths]
     monkeypatch.setattr("looper.distributed.world", lambda: 2)
     for number, part in enumerate(parts):
         monkeypatch.setattr(sft, "rank", lambda: number)
-        for unpadded, room in ((True, {"room": max(sum(parts[0]), sum(parts[1]))}), (False, {})):
+        for unpadded, known in ((True, {"passes": parts}), (False, {})):
             made = sft._collate_share(lambda taken: {"taken": taken}, unpadded, rows)
             taken = made.pop("taken")
-            assert [len(row["input_ids"]) for row in taken] == part and made == room
-    assert set(taken[-1]["labels"]) == ({7} if len(lengths) > 1 else {-100})
-
+            assert [len(row["input_ids"]) for row in taken] == part and made == known
+            learns = {label != -100 for row in taken for label in row["labels"]}
+            assert learns == {number == 0 or len(lengths) > 1}, "who has no row learns nothing"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
