@@ -11,6 +11,7 @@ compares that with one process. The plain way is one process: there is no ratio 
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ ROWS = {"cuda": {"sft": 256, "rollouts": 1024, "ppo": 64, "eval": 1319, "score":
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     os.environ.update(PRIVATE | OFFLINE | TORCH)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # as in a stage: it does without a kernel
     try:
         if "LOCAL_RANK" in os.environ:  # else start_processes might start several: a bench alone is one process
             join(options)

@@ -108,6 +108,8 @@ def main() -> None:
         write_text(PARAMS, after)
     sys.stdout.writelines(difflib.unified_diff(before.splitlines(True), after.splitlines(True), "params.yaml",
                                                f"params.yaml with {arguments.name}"))
+    if not arguments.diff:
+        print(f"{PARAMS}: written" if after != before else f"{PARAMS} has these values already")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ ARGUMENTS = {  # of each command, for what `misuse` says
 def main(arguments: list[str]) -> int:
     """The exit status: 0, or 2 after an error, said in one line (before the usage, if the command line is wrong)."""
     match arguments:
-        case ["-h" | "--help"]:
+        case [*_, "-h" | "--help"]:
             print(__doc__)
             return 0
         case ["score", "--json", source, target] | ["score", source, target, "--json"]:

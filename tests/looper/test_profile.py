@@ -144,14 +144,15 @@ def test_it_writes_params_yaml_and_shows_the_change(folder, run):
     assert code == 0 and (folder / "params.yaml").read_text(encoding="utf-8") == apply("platinum", SAMPLE)
     for line in ("\n-  template: chatml", "\n+  template: deepseek_r1", "\n+  learning_rate: 5.0e-5\n"):
         assert line in out
-    assert run("sample")[0] == 0
+    assert out.endswith("params.yaml: written\n")
+    assert run("sample")[0] == 0 and run("sample")[1] == "params.yaml has these values already\n"
     assert (folder / "params.yaml").read_text(encoding="utf-8") == SAMPLE
 
 
 def test_diff_writes_nothing(folder, run):
     before = (folder / "params.yaml").stat().st_mtime_ns
     code, out, _ = run("platinum", "--diff")
-    assert code == 0 and "+  quantization: nf4" in out
+    assert code == 0 and "+  quantization: nf4" in out and "written" not in out
     assert (folder / "params.yaml").read_text(encoding="utf-8") == SAMPLE
     assert (folder / "params.yaml").stat().st_mtime_ns == before
 

@@ -180,6 +180,10 @@ def test_what_other_commands_cannot_read(name: str, line: str, text: str, tmp_pa
     assert capsys.readouterr().err == f"{file}:1: {text}\n"
 
 
+def test_help_of_a_command_is_the_usage(capsys) -> None:
+    assert command.main(["score", "--help"]) == 0 and "regime_w score IN.jsonl OUT.jsonl" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("module", "status"), [("regime_w", 0), ("regime_w.demo", 0)])
 def test_as_programs(module: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
