@@ -11,7 +11,6 @@ compares that with one process. The plain way is one process: there is no ratio 
 import argparse
 import io
 import json
-import logging
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ from bench.without import SPEEDUPS
 from looper.base_model import MANIFEST
 from looper.distributed import barrier, first_process_only, rank, start_processes, world
 from looper.params import load_params
-from looper.stage import HEAD_START, OFFLINE, PRIVATE, TORCH
+from looper.stage import HEAD_START, set_up_libraries
 
 if TYPE_CHECKING:
     from bench.workload import Setup
@@ -40,8 +39,7 @@ ROWS = {"cuda": {"sft": 256, "rollouts": 1024, "ppo": 64, "eval": 1319, "score":
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    os.environ.update(PRIVATE | OFFLINE | TORCH)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # as in a stage: it does without a kernel
+    set_up_libraries()
     try:
         if "LOCAL_RANK" in os.environ:  # else start_processes might start several: a bench alone is one process
             join(options)

@@ -35,6 +35,13 @@ LESS_MEMORY = {
 }
 
 
+def set_up_libraries(network: bool = False) -> None:
+    """What the libraries read when they are imported. network: whether they may ask the hub."""
+    os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
+    # It misses an optional kernel for four bits on a processor, in each process, and does without
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def run(main: Callable[..., None], doc: str, network: bool = False, arguments: tuple[str, ...] = ()) -> None:
     """Runs a stage's `main`.
 
@@ -50,10 +57,8 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
     if len(given) != len(arguments):
         usage = " ".join([f"python -m stages.{name}", *arguments])
         sys.exit(_fail(f"usage: {usage}; found {' '.join(given) or 'nothing'}"))
-    os.environ.update(PRIVATE | TORCH | ({} if network else OFFLINE))
+    set_up_libraries(network)
     warnings.simplefilter("ignore", FutureWarning)  # what libraries will rename is for us, not for who runs the stage
-    # It misses an optional kernel for four bits on a processor, in each stage, and does without
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     gc.set_threshold(10_000, 10, 10)  # importing PyTorch makes a million objects, and no garbage
     started = time.perf_counter()
     try:

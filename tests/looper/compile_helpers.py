@@ -53,10 +53,15 @@ def varlen(query, key, value, starts, _, longest, __, scale, window_size):
     return rows(query, key, value, starts, longest, scale)
 
 
+def filling_up():
+    """Within the block a processor fills passes up, as a GPU does."""
+    own = packing.filling
+    return patch.object(packing, "filling", lambda tokens, device: own(tokens, torch.device("cuda")))
+
+
 def filled_rows(lengths, device, passes=()):
-    """`packing.rows_of` of a processor that fills passes up as a GPU does."""
-    filling = packing.filling
-    with patch.object(packing, "filling", lambda tokens, device: filling(tokens, torch.device("cuda"))):
+    """`packing.rows_of` where passes are filled up."""
+    with filling_up():
         return packing.rows_of(lengths, device, passes)
 
 

@@ -1,8 +1,9 @@
-"""What the tests of offline PPO share: a Llama of two layers, random samples, callbacks that watch and kill."""
+"""What the tests of offline PPO share: a Llama of two layers, random samples, callbacks that watch and kill, a tolerance."""
 
 import gc
 import random
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -56,6 +57,16 @@ def make_samples(count=6, credit="question", seed=0):
             rng.uniform(-1, 1) if credit == "arm" else None,
             {"s_end": rng.random(), "s_path": rng.random(), "s_cf": rng.random(), "s_wm": rng.random()}))
     return samples
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found, expected):
+    """`found`, a tensor or numbers, is `expected` to 1e-6."""
+    found = found.detach() if torch.is_tensor(found) else found
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-6, atol=1e-6)
 
 
 def trainable(model):

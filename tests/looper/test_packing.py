@@ -10,6 +10,7 @@ from tiny import tiny_model
 from looper import packing, ppo_data
 from looper.packing import ATTENTION, HEAD_POSITIONS, Head, Rows, packed, row_attention
 from looper.ppo_policy import PolicyWithValue
+from tests.looper.compile_helpers import filling_up
 from tests.looper.ppo_helpers import make_model, make_samples
 
 COUNTS = [0, 1, HEAD_POSITIONS, 2 * HEAD_POSITIONS + 3]
@@ -136,10 +137,9 @@ def test_gpu_a_pass_end_to_end_has_the_padded_pass_gradients():
 
 
 @pytest.fixture
-def filled(monkeypatch):
-    """A processor fills its passes up too, as a GPU does."""
-    own = packing.filling
-    monkeypatch.setattr(packing, "filling", lambda tokens, device: own(tokens, torch.device("cuda")))
+def filled():
+    with filling_up():
+        yield
 
 
 def test_a_pass_of_fine_tuning_is_filled_up_with_a_row_that_learns_nothing(filled):
@@ -175,14 +175,13 @@ def test_a_pass_of_fine_tuning_knows_the_others(filled):
     assert given["rows"].lengths == [3, 3, 250] and given["input_ids"].shape == (1, 256) and "passes" not in given
 
 
-def test_filling_changes_no_log_probability_of_ppo(filled, request):
+def test_filling_changes_no_log_probability_of_ppo():
     policy, samples = PolicyWithValue(make_model(), gradient_checkpointing=False), make_samples(5)
-    tokens = ppo_data.collate(samples, torch.device("cpu"))
+    plain = ppo_data.collate(samples, torch.device("cpu"))
+    with filling_up():
+        tokens = ppo_data.collate(samples, torch.device("cpu"))
     assert tokens.input_ids.shape == tokens.positions.shape and tokens.input_ids.shape[1] % packing.PASS_TOKENS == 0
+    assert plain.input_ids.shape[1] < tokens.input_ids.shape[1]
     with torch.no_grad():
-        found = policy(tokens)
-        request.getfixturevalue("monkeypatch").undo()
-        plain = ppo_data.collate(samples, torch.device("cpu"))
-        assert plain.input_ids.shape[1] < tokens.input_ids.shape[1]
-        for one, other in zip(found, policy(plain), strict=True):
+        for one, other in zip(policy(tokens), policy(plain), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
