@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,14 +93,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_base(folder: Path, model: Model) -> "PreTrainedModel":
-    """The base model as `model` says: device, dtype, NF4 with double quantisation or none. Its files are checked first."""
+    """The base model as `model` says: device, dtype, NF4 with double quantisation or none. Its files are checked
+    meanwhile."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     require_device(model)
     if model.device == "cpu":
         _keep_freed_memory()
-    base_digest(folder)
     dtype = compute_dtype(model)
     quantization = None
     if model.quantization == "nf4":
@@ -107,9 +108,14 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
                                           bnb_4bit_compute_dtype=dtype)
     # Of several GPUs the current one: each of several processes has its own (looper.distributed)
     device = f"cuda:{torch.cuda.current_device()}" if model.device == "cuda" else model.device
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
-        use_safetensors=True, attn_implementation="sdpa")
+    with ThreadPoolExecutor(1) as meanwhile:
+        checked = meanwhile.submit(base_digest, folder)
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
+                use_safetensors=True, attn_implementation="sdpa")
+        finally:
+            checked.result()  # its error says more than that of a library which met the file before
 
 
 def _keep_freed_memory() -> None:

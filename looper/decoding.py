@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from looper.compiling import compiled_by_rows, compiles_on
@@ -18,6 +19,9 @@ from looper.slots import ATTENTION, Beginning, PrefillCache, Ragged, SlotCache
 
 LENGTH_MULTIPLE = 64  # attention reads the cache up to a multiple of this: few graphs, aligned masks
 PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill pass: bounds its activations
+# Of a prefill pass. On Hopper GPUs PyTorch prefers cuDNN's, which makes a plan, some 30 ms long, for each new number of rows
+# and tokens; prompts bring a new one nearly every time.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @contextmanager
@@ -27,7 +31,8 @@ def decoding_mode(model: PreTrainedModel) -> Iterator[None]:
     model.set_attn_implementation(ATTENTION)
     model.eval()
     try:
-        with torch.inference_mode(), compiled_pieces(model) if compiles_on(model.device) else nullcontext():
+        pieces = compiled_pieces(model) if compiles_on(model.device) else nullcontext()
+        with torch.inference_mode(), sdpa_kernel(KERNELS), pieces:
             yield
     finally:
         model.set_attn_implementation(attention)

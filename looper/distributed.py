@@ -199,7 +199,8 @@ class AveragesGradients:
             return super().training_step(*given, **named)
 
     def _clip_grad_norm(self, model: Any) -> "Tensor":
-        average([each.grad for each in model.parameters() if each.grad is not None])
+        trained = [each for group in self.optimizer.param_groups for each in group["params"]]
+        average([each.grad for each in trained if each.grad is not None])
         return super()._clip_grad_norm(model)
 
 
@@ -210,8 +211,8 @@ def average(gradients: Sequence["Tensor"]) -> None:
     import torch
 
     means = total(torch.cat([each.flatten() for each in gradients])).div_(world())
-    for each, mean in zip(gradients, means.split([each.numel() for each in gradients]), strict=True):
-        each.copy_(mean.view_as(each))
+    parts = means.split([each.numel() for each in gradients])
+    torch._foreach_copy_(gradients, [mean.view_as(each) for each, mean in zip(gradients, parts, strict=True)])
 
 
 def undivided(loader: "DataLoader") -> "DataLoader":

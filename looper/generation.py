@@ -21,6 +21,7 @@ from looper.distributed import agreed, gathered, rank, share, world
 from looper.files import sha256_text, write_text
 
 CUDA_POLL = 8  # steps between two looks at which rows have finished: each look waits for the device
+CUDA_FEWEST = 32  # rows in a step at least, if there are slots for them: fewer take as long
 CUDA_REFILL = 8  # new rows wait until 1/8 of the slots are free: a prefill pass costs as much for one row as for many
 
 
@@ -227,12 +228,11 @@ def _beginning(requests: Sequence[Request]) -> Sequence[int]:
 
 
 def _batch(running: int, slots: int, halving: bool) -> int:
-    """Rows in a step. On CUDA only the slots' halvings, since each size needs CUDA graphs of its own, down to two: a
-    single row would need code of its own as well."""
+    """Rows in a step. On CUDA only the slots' halvings, since each size needs a CUDA graph of its own."""
     if not halving:
         return running
     batch = slots
-    while (batch + 1) // 2 >= max(running, 2):
+    while (batch + 1) // 2 >= max(running, CUDA_FEWEST):
         batch = (batch + 1) // 2
     return batch
 

@@ -21,7 +21,7 @@ from looper.packing import Rows
 # Times what a pass keeps for its way back. The memory that the graphs of all sizes share grows while these come in any
 # order, and the first time of each computes beside it: at the 8B shape, with weights of 16 GiB, 49 were reserved, not 29.
 ROOM = 4
-
+BOUND = 512  # of a row's tokens: what a smaller one saves attention is less than what a graph of its own costs
 
 @contextmanager
 def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
@@ -74,7 +74,7 @@ class Layers:
             self.gradients = [torch.zeros_like(each) for each in self.parameters if self.recorded]
         if not self.recorded:
             return self.run(hidden, position_embeddings, rows)
-        longest = 1 << (rows.longest - 1).bit_length()  # attention needs a bound alone: few bounds make few graphs
+        longest = max(BOUND, 1 << (rows.longest - 1).bit_length())  # attention needs no more: few bounds make few graphs
         size = hidden.shape[1], len(rows.starts), longest
         if size not in self.passes:
             self.passes[size] = Pass(self, hidden, position_embeddings, Rows([], rows.starts, longest))

@@ -48,18 +48,15 @@ class PolicyWithValue(nn.Module):
             # transformers renamed this after 5.17
             enable = getattr(language_model, "activation_checkpointing_enable", None)
             (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-        self._mode: bool | None = None
         self.train()
 
     def train(self, mode: bool = True) -> "PolicyWithValue":
         """Every module stays in evaluation mode, so that no kind of dropout acts; `mode` only reaches the flag that
         lets the layers checkpoint their activations."""
-        if mode != self._mode:  # the Trainer calls this at every step, and there are thousands of modules to visit
-            super().train(False)
-            for module in self.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = mode
-            self._mode = mode
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
         return self
 
     def forward(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from looper.files import read_json, replacing, write_json
 from looper.ppo_data import COMPONENTS, PPOSample, Step, collate, mini_batches, padded, plan_steps
 from looper.ppo_policy import PolicyWithValue
 from looper.ppo_settings import PPOSettings
+from looper.quick_updates import QuickUpdates
 
 ADAPTER = "adapter_model.safetensors"
 VALUE_HEAD = "value_head.safetensors"
@@ -45,7 +46,7 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-class OfflinePPOTrainer(AveragesGradients, Trainer):
+class OfflinePPOTrainer(QuickUpdates, AveragesGradients, Trainer):
     """PPO over stored responses. The policy as it comes in is the reference.
 
     folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.

@@ -25,10 +25,11 @@ from looper.nf4 import unpack_if_room
 from looper.packing import IGNORED, is_plain, packed
 from looper.params import Sft
 from looper.prompts import Template, end_token_ids, training_ids
+from looper.quick_updates import QuickUpdates
 from looper.scratch import last_checkpoint
 
 
-class SFTTrainer(AveragesGradients, TRLTrainer):
+class SFTTrainer(QuickUpdates, AveragesGradients, TRLTrainer):
     """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from looper.decoding import Decoder, decoding_mode
-from looper.generation import Request, generate, generate_in_chunks
+from looper.generation import Request, _batch, generate, generate_in_chunks
 from tests.looper.generation_helpers import (
     EOS,
     llama,
@@ -225,6 +225,23 @@ def test_no_prompts_no_completions(llama, tmp_path):
 def test_bad_input_is_refused_with_its_place(llama, prompts, temperatures, overrides, message):
     with pytest.raises(ValueError, match=message):
         generate(llama, prompts, temperatures=temperatures, **settings(**overrides))
+
+
+@pytest.mark.parametrize(
+    ("running", "slots", "rows"),
+    [(1024, 1024, 1024), (513, 1024, 1024), (512, 1024, 512), (129, 1024, 256), (33, 1024, 64), (32, 1024, 32), (1, 1024, 32),
+     (3, 8, 8), (50, 100, 50), (26, 100, 50)],
+)
+def test_a_gpus_batch_is_halved_while_all_rows_fit_and_enough_are_left(running, slots, rows):
+    assert _batch(running, slots, halving=True) == rows
+    assert _batch(running, slots, halving=False) == running
+
+
+def test_cudnns_attention_is_not_taken_while_it_generates():
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with decoding_mode(tiny_model()):
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_model_is_left_as_it_was_even_after_an_error():

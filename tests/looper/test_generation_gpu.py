@@ -19,6 +19,12 @@ from tests.looper.generation_helpers import (
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
+@pytest.fixture(autouse=True)
+def shrinking(monkeypatch):
+    """A batch of a few rows shrinks to two, as one of hundreds does to 32."""
+    monkeypatch.setattr("looper.generation.CUDA_FEWEST", 2)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
     model = tiny_model(family).cuda()

@@ -104,14 +104,16 @@ def test_the_way_back_is_outside_autocast_as_the_trainers_is(recorded):
     assert {("forward", True), ("backward", False)} <= set(Autocasting.seen) and ("backward", True) not in Autocasting.seen
 
 
-def test_a_longer_row_in_a_pass_of_the_same_size_has_a_graph_of_its_own(recorded):
+@pytest.mark.parametrize(("bound", "found"), [(16, [16, 32]), (graphs.BOUND, [512])])
+def test_a_pass_of_the_same_size_has_another_graph_where_a_row_exceeds_the_bound(recorded, monkeypatch, bound, found):
+    monkeypatch.setattr(graphs, "BOUND", bound)
     policy, rows = make_policy("llama", torch.float32), make_samples(2)
     even, uneven = ([replace(row, prompt_ids=[1] * length, response_ids=[2] * 4, behaviour_logprobs=[-1.0] * 4)
                      for row, length in zip(rows, lengths, strict=True)] for lengths in ((12, 12), (2, 22)))
     with graphed_layers(policy, checkpointing=False):
         passes(policy, even + uneven, [[0, 1], [2, 3]])
-    (tokens, count, longest), other = recorded
-    assert longest == 16 and other == (tokens, count, 32)
+    (tokens, count, _), *_ = recorded
+    assert list(recorded) == [(tokens, count, longest) for longest in found]
 
 
 def test_what_is_launched_as_graphs(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model, tiny_rows, tiny_sft
 from transformers import TrainerCallback
 
-from looper import micro_batch, packing, sft
+from looper import micro_batch, packing, quick_updates, sft
 from looper.prompts import TEMPLATES, end_token_ids, training_ids
 from looper.sft import finetune, tokenize
 
@@ -285,6 +285,21 @@ def test_equal_runs_are_equal_and_another_seed_is_not(train):
     second = train(rows, settings, name="b")
     assert same_bits(first[0], second[0]) and first[1] == second[1]
     assert not same_bits(train(rows, tiny_sft(lora={"dropout": 0.3}, seed=1), name="c")[0], first[0])
+
+
+def test_updates_without_walks_give_the_same_bits_and_take_none(train, monkeypatch):
+    """With dropout and two updates: a layer that was not switched to training, or an old gradient, would change the adapter."""
+    settings, walks = tiny_sft(lora={"dropout": 0.3}, epochs=2), []
+    walk = torch.nn.Linear.train
+    monkeypatch.setattr(torch.nn.Linear, "train", lambda module, mode=True: walks.append(mode) or walk(module, mode))
+    found, metrics, trainer, _ = train(settings=settings, name="quick")
+    updates, linears = trainer.state.global_step, sum(isinstance(each, torch.nn.Linear) for each in trainer.model.modules())
+    once = walks.count(True)
+    monkeypatch.delattr(quick_updates.QuickUpdates, "_run_epoch")
+    walks.clear()
+    expected, plain_metrics, _, _ = train(settings=settings, name="plain")
+    assert same_bits(found, expected) and metrics == plain_metrics
+    assert walks.count(True) - once == (updates - 2) * linears, "a walk an epoch instead of one an update"
 
 
 # ---- what is refused ----
