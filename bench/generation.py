@@ -11,13 +11,11 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from bench.measure import Gate, Side, Stage, timed
 from bench.without import switched_off, variants
-from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter
-from looper.decoding import KERNELS
+from bench.workload import Setup, lengths, load, merged, random_ids, with_adapter, with_either_attention
 from looper.distributed import gathered, share, world
 from looper.generation import Completion, generate
 from looper.prompts import prompt_ids
@@ -88,9 +86,9 @@ def _stage(name: str, setup: Setup, rows: list[Row], against: list[str], without
     if "b2" in against:
         batch = B2_BATCH[device]
         some = by_arm[:batch]
-        best = sdpa_kernel(KERNELS)(plain)  # cuDNN's attention would make a plan at each step, as each is a token longer
-        sides.append(Side(f"B2: generate, merged, batch {max(map(len, batches(some, batch)))}",
-                          lambda: timed(lambda: count(best(model, some, batch), some)), [model]))
+        b2 = f"B2: generate, merged, batch {max(map(len, batches(some, batch)))}"
+        sides += [Side(called, lambda way=way: timed(lambda: count(way(model, some, batch), some)), [model])
+                  for called, way in with_either_attention(setup, b2, plain).items()]
     sides += [looper(f"looper without {each}", switched_off(each)(ours)) for each in slower]
 
     def checked() -> list[Gate]:

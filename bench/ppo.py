@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from bench.measure import Gate, Pass, Side, Stage, timed
 from bench.without import switched_off, variants
 from bench.workload import (Setup, Update, equality, gradients, lengths, load, random_ids, relative, seed_adapter, widened,
-                            with_adapter)
+                            with_adapter, with_either_attention)
 from looper import ppo_math
 from looper.ppo import PPOSample, train_ppo
 from looper.ppo_data import COMPONENTS, collate, padded, plan_steps
@@ -50,8 +50,8 @@ def stage(setup: Setup, rows: int, against: list[str], without: Sequence[str] = 
                           lambda: run(first, lambda: plain(policy, critic, first, checkpointing=True), policy, critic),
                           [policy, critic]))
     if "b2" in against:
-        sides.append(Side("B2: one trunk, full logits", lambda: run(samples, lambda: plain(policy, None, samples), policy),
-                          [policy]))
+        sides += [Side(name, lambda way=way: run(samples, lambda: way(policy, None, samples), policy), [policy])
+                  for name, way in with_either_attention(setup, "B2: one trunk, full logits", plain).items()]
     sides += [looper(f"looper without {name}", model, switched_off(name)(ours)) for name, model in slower.items()]
     return Stage("ppo", sides, lambda: gates(setup, own, policy, slower), limit(setup, samples))
 

@@ -18,7 +18,8 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.measure import Gate, Pass, Side, Stage, clocks
 from bench.without import switched_off, variants
-from bench.workload import LORA, Setup, Update, equality, gradients, lengths, load, relative, watching, widened
+from bench.workload import (LORA, Setup, Update, equality, gradients, lengths, load, relative, watching, widened,
+                            with_either_attention)
 from looper.params import Sft, load_params
 from looper.prompts import training_ids
 from looper.sample_problems import generate
@@ -54,7 +55,8 @@ def stage(setup: Setup, rows: int, against: list[str], without: Sequence[str] = 
     if "b1" in against:
         sides.append(side(f"B1: TRL 1 x {batch}, checkpointing", accumulated, plain, min(rows, B1_ROWS)))
     if "b2" in against:
-        sides.append(side(f"B2: TRL {batch} x 1", batched, plain))
+        sides += [side(name, train, plain)
+                  for name, train in with_either_attention(setup, f"B2: TRL {batch} x 1", batched).items()]
     sides += [side(f"looper without {name}", train, models[name]) for name, train in slower.items()]
     return Stage("sft", sides,
                  lambda: gates(setup, batch, finetuning(own), (accumulated, batched) if against else None, slower),

@@ -1,20 +1,22 @@
 """What both sides of a stage work on: one model, one adapter, lists of token ids of stored lengths."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers import trainer as transformers_trainer
 
 from bench.measure import Gate, copy_bandwidth, peak_flops
 from looper.base_model import compute_dtype, load_base, load_tokenizer
+from looper.decoding import KERNELS
 from looper.distributed import world
 from looper.params import Lora, Model
 from looper.prompts import TEMPLATES, Template
@@ -105,6 +107,12 @@ def merged(setup: Setup) -> PreTrainedModel:
 
 
 # ---- rows ----
+
+
+def with_either_attention(setup: Setup, name: str, plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """`plain` by its side's name; on CUDA also without cuDNN's attention, which PyTorch prefers on Hopper GPUs and which makes
+    a plan for each new size. The best plain setting is the faster one."""
+    return {name: plain} | ({f"{name}, no cuDNN attention": sdpa_kernel(KERNELS)(plain)} if setup.cuda else {})
 
 
 def lengths(count: int) -> list[tuple[int, int]]:

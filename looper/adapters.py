@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looper.base_model import base_digest, check_files, load_base
+from looper.base_model import base_digest, check_files, load_base, named_digest
 from looper.files import read_json, replacing, sha256, write_json
 from looper.params import Model
 
@@ -65,11 +65,11 @@ def load_for_generation(base: Path, adapter: Path | None, settings: Model) -> "P
 
 
 def check_adapter(base: Path, adapter: Path) -> None:
-    """Raises ValueError if `adapter` is damaged, or was made for another base than the one in `base`."""
+    """Raises ValueError if `adapter` is damaged, or was made for another base than the one that `base` names."""
     if not (adapter / CARD).exists():
         raise ValueError(f"{adapter}/{CARD} is missing; make the adapter: dvc repro, or bring it back: dvc pull {adapter}")
     check_files(adapter, CARD, f"bring it back: dvc checkout {adapter}")
-    made_for, digest = read_json(adapter / CARD)["base_digest"], base_digest(base)
+    made_for, digest = read_json(adapter / CARD)["base_digest"], named_digest(base)
     if made_for != digest:
         raise ValueError(f"{adapter} was made for the base {made_for}, {base} is {digest}; nothing loaded; "
                          f"make the adapter again (dvc repro sft), or bring its base back (dvc checkout {base})")

@@ -66,6 +66,12 @@ def base_digest(folder: Path) -> str:
     return digest(check_files(folder, MANIFEST, f"bring it back: dvc checkout {folder}, or dvc repro --force base"))
 
 
+def named_digest(folder: Path) -> str:
+    """The digest that `folder`'s manifest names. Whether the files are what it says, `load_base` finds out."""
+    _require_manifest(folder)
+    return digest(read_json(folder / MANIFEST)["files"])
+
+
 def _require_manifest(folder: Path) -> None:
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder}/{MANIFEST} is missing; bring the base model here: dvc repro base, or dvc pull {folder}")
@@ -80,7 +86,7 @@ def check_files(folder: Path, card: str, advice: str) -> dict[str, str]:
     for name in sorted({*files, *(path.name for path in folder.iterdir())} - {card}):
         found, expected = sha256(folder / name) if (folder / name).is_file() else "no file", files.get(name, "no file")
         if found != expected:
-            raise ValueError(f"{folder}/{name}: sha256 {found}, {card} says {expected}; nothing loaded; {advice}")
+            raise ValueError(f"{folder}/{name}: sha256 {found}, {card} says {expected}; it is not used; {advice}")
     return files
 
 
@@ -93,8 +99,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_base(folder: Path, model: Model) -> "PreTrainedModel":
-    """The base model as `model` says: device, dtype, NF4 with double quantisation or none. Its files are checked
-    meanwhile."""
+    """The base model as `model` says: device, dtype, NF4 with double quantisation or none. Its files are hashed meanwhile.
+
+    Raises ValueError, as `base_digest` does, for a file that is not what the manifest says.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -108,14 +116,19 @@ def load_base(folder: Path, model: Model) -> "PreTrainedModel":
                                           bnb_4bit_compute_dtype=dtype)
     # Of several GPUs the current one: each of several processes has its own (looper.distributed)
     device = f"cuda:{torch.cuda.current_device()}" if model.device == "cuda" else model.device
-    with ThreadPoolExecutor(1) as meanwhile:
-        checked = meanwhile.submit(base_digest, folder)
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
-                use_safetensors=True, attn_implementation="sdpa")
-        finally:
-            checked.result()  # its error says more than that of a library which met the file before
+    _require_manifest(folder)
+    meanwhile = ThreadPoolExecutor(1)
+    checked = meanwhile.submit(base_digest, folder)
+    meanwhile.shutdown(wait=False)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=quantization, device_map={"": device}, local_files_only=True,
+            trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa")
+    except Exception:
+        checked.result()  # which file is damaged says more than what a library makes of it
+        raise
+    checked.result()
+    return loaded
 
 
 def _keep_freed_memory() -> None:

@@ -21,7 +21,7 @@ from looper.distributed import agreed, gathered, rank, share, world
 from looper.files import sha256_text, write_text
 
 CUDA_POLL = 8  # steps between two looks at which rows have finished: each look waits for the device
-CUDA_FEWEST = 32  # rows in a step at least, if there are slots for them: fewer take as long
+CUDA_FEWEST = 32  # rows in a step at least, if there are slots for them: the weights are read for few as for many
 CUDA_REFILL = 8  # new rows wait until 1/8 of the slots are free: a prefill pass costs as much for one row as for many
 
 

@@ -21,7 +21,7 @@ from looper.packing import Rows
 # Times what a pass keeps for its way back. The memory that the graphs of all sizes share grows while these come in any
 # order, and the first time of each computes beside it: at the 8B shape, with weights of 16 GiB, 49 were reserved, not 29.
 ROOM = 4
-BOUND = 512  # of a row's tokens: what a smaller one saves attention is less than what a graph of its own costs
+BOUND = 512  # tokens of a row: under a smaller one attention skips fewer empty blocks, and each bound has its graphs
 
 @contextmanager
 def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:
@@ -69,15 +69,16 @@ class Layers:
 
     def __call__(self, hidden: Tensor, *, position_embeddings: tuple[Tensor, Tensor], rows: Rows, **_: Any) -> Tensor:
         """hidden [1, tokens, width] → the same. What a model gives its layers besides, `PLAIN` ones do not read."""
+        # Attention needs no more than a bound of the rows' lengths: few bounds make few graphs
+        rows = rows._replace(longest=max(BOUND, 1 << (rows.longest - 1).bit_length()))
         if self.recorded is None:
             self.recorded = self._have_room(hidden, position_embeddings, rows)
             self.gradients = [torch.zeros_like(each) for each in self.parameters if self.recorded]
         if not self.recorded:
             return self.run(hidden, position_embeddings, rows)
-        longest = max(BOUND, 1 << (rows.longest - 1).bit_length())  # attention needs no more: few bounds make few graphs
-        size = hidden.shape[1], len(rows.starts), longest
+        size = hidden.shape[1], len(rows.starts), rows.longest
         if size not in self.passes:
-            self.passes[size] = Pass(self, hidden, position_embeddings, Rows([], rows.starts, longest))
+            self.passes[size] = Pass(self, hidden, position_embeddings, rows._replace(lengths=[]))
         # Embeddings are frozen. What comes out has a gradient nevertheless: the parameters' is made on its way back
         return _Replay.apply(hidden.detach().requires_grad_(), self, self.passes[size], position_embeddings, rows.starts)
 

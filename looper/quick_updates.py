@@ -22,18 +22,19 @@ class QuickUpdates:
 @contextmanager
 def quick(model: nn.Module) -> Iterator[None]:
     """Within the block `model.train` and `model.eval` do nothing where the last call of either asked for the same, and
-    `model.zero_grad` looks at no frozen parameter. No module may be switched but through `model`."""
+    `model.zero_grad` looks at no frozen parameter. Only `model` and its children may be switched by others."""
     trained = [each for each in model.parameters() if each.requires_grad]
-    walk, mode_now = model.train, None
+    top, walk = (model, *model.children()), model.train
+    mode_now, left = None, None
 
     def train(mode: bool = True) -> nn.Module:
-        nonlocal mode_now
-        if mode is not mode_now:
+        nonlocal mode_now, left
+        if (mode, [each.training for each in top]) != (mode_now, left):
             walk(mode)
-            mode_now = mode
+            mode_now, left = mode, [each.training for each in top]
         return model
 
-    def zero_grad(set_to_none: bool = True) -> None:
+    def zero_grad() -> None:
         for each in trained:
             each.grad = None
 

@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from bench import generation, ppo, sft
 from bench.without import SPEEDUPS, switched_off
-from bench.workload import load, with_adapter
+from bench.workload import load, with_adapter, with_either_attention
 from looper import compiling, decoding, graphs, layers, packing
 from looper import ppo as looper_ppo
 from looper import sft as looper_sft
@@ -118,3 +118,13 @@ def test_the_batch_of_sft_is_that_of_all_sides(setup):
     assert sft.settings(4).batch_size == 4
     names = [side.name for side in sft.stage(setup, 8, ["b1", "b2"], batch=4).sides]
     assert names == ["looper", "B1: TRL 1 x 4, checkpointing", "B2: TRL 4 x 1"]
+
+
+def test_the_best_plain_setting_is_measured_with_either_attention_on_a_gpu(setup):
+    def cudnn(*given, **named):
+        return torch.backends.cuda.cudnn_sdp_enabled(), given, named
+
+    assert with_either_attention(setup, "B2", cudnn) == {"B2": cudnn}
+    both = with_either_attention(setup._replace(model=setup.model.model_copy(update={"device": "cuda"})), "B2", cudnn)
+    assert {name: [way(1, a=2) for _ in range(2)] for name, way in both.items()} == {
+        "B2": [(True, (1,), {"a": 2})] * 2, "B2, no cuDNN attention": [(False, (1,), {"a": 2})] * 2}

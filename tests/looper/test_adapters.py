@@ -115,7 +115,7 @@ def test_a_damaged_adapter_is_refused_with_both_hashes(base, adapter, load, name
     assert damaged != content
     (adapter / name).write_bytes(damaged)
     message = (f"{adapter}/{name}: sha256 {hashlib.sha256(damaged).hexdigest()}, card.json says {expected}; "
-               f"nothing loaded; bring it back: dvc checkout {adapter}")
+               f"it is not used; bring it back: dvc checkout {adapter}")
     with pytest.raises(ValueError, match=re.escape(message)):
         load(base, adapter)
 
@@ -144,5 +144,6 @@ def test_a_damaged_base_is_refused_under_its_own_adapter(base, adapter, tmp_path
     write_json(copy / "manifest.json", manifest | {"digest": "0"})  # the files decide, not what it says of itself
     check_adapter(copy, adapter)
     (copy / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json: sha256 .*, manifest\.json says"):
-        check_adapter(copy, adapter)
+    for load in (load_trainable, load_for_generation):
+        with pytest.raises(ValueError, match=r"config\.json: sha256 .*, manifest\.json says"):
+            load(copy, adapter, CPU)

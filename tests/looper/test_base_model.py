@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import CPU, save_tiny, tiny_base, tiny_model
+from transformers import AutoModelForCausalLM
 
 from looper import base_model
 from looper.base_model import base_digest, compute_dtype, digest, fetch_base, load_base, load_tokenizer
@@ -255,7 +257,7 @@ def test_a_file_that_differs_is_refused_with_both_hashes(copy, name):
     expected = read_json(copy / "manifest.json")["files"][name]
     flip(copy / name)
     found = hashlib.sha256((copy / name).read_bytes()).hexdigest()
-    message = (f"{copy}/{name}: sha256 {found}, manifest.json says {expected}; nothing loaded; "
+    message = (f"{copy}/{name}: sha256 {found}, manifest.json says {expected}; it is not used; "
                f"bring it back: dvc checkout {copy}")
     for refuse in (lambda: base_digest(copy), lambda: load_base(copy, CPU)):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -285,6 +287,37 @@ def test_a_manifest_changed_with_its_file_gives_another_digest(copy):
 
 
 # ---- loading ----
+
+def test_the_files_are_hashed_while_the_model_is_loaded(base, monkeypatch):
+    loading, check, load = threading.Event(), base_model.check_files, AutoModelForCausalLM.from_pretrained
+
+    def checked(*given):
+        assert loading.wait(20), "the model is not being loaded yet"
+        return check(*given)
+
+    monkeypatch.setattr(base_model, "check_files", checked)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *given, **named: loading.set() or load(*given, **named))
+    assert load_base(base, CPU).config.model_type == "llama"
+
+
+def test_a_missing_manifest_is_found_before_anything_is_loaded(copy, monkeypatch):
+    (copy / "manifest.json").unlink()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
+        load_base(copy, CPU)
+
+
+@pytest.mark.parametrize(("met", "said"), [(OSError, ValueError), (KeyboardInterrupt, KeyboardInterrupt)])
+def test_a_damaged_file_is_said_where_a_library_met_it_and_not_where_a_person_ended_the_run(copy, monkeypatch, met, said):
+    flip(copy / "model.safetensors")
+
+    def load(*given, **named):
+        raise met
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(said, match="sha256" if said is ValueError else ""):
+        load_base(copy, CPU)
+
 
 def test_the_loaded_model_is_the_saved_one(base, tokenizer):
     loaded, ids = load_base(base, CPU), torch.tensor([[5, 6, 7]])

@@ -19,14 +19,14 @@ from tests.looper.generation_helpers import (
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def shrinking(monkeypatch):
     """A batch of a few rows shrinks to two, as one of hundreds does to 32."""
     monkeypatch.setattr("looper.generation.CUDA_FEWEST", 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
+def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family, shrinking):
     model = tiny_model(family).cuda()
     prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4)
     found = generate(model, prompts, temperatures=[0.0] * 33, **settings(max_new_tokens=100, batch_size=8))
@@ -34,7 +34,7 @@ def test_gpu_greedy_tokens_equal_generate_with_graphs_and_refills(family):
 
 
 @pytest.mark.parametrize(("dtype", "mean", "largest"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 1e-2, 5e-2)])
-def test_gpu_logprobs_equal_a_full_forward_pass(dtype, mean, largest):
+def test_gpu_logprobs_equal_a_full_forward_pass(dtype, mean, largest, shrinking):
     """In bfloat16 a logit of 4 is rounded by up to 0.016, and a temperature of 0.5 doubles that."""
     model = tiny_model(initializer_range=0.05, hidden_size=256, vocab_size=2000).to("cuda", dtype)
     prompts = make_prompts([5, 1, 17, 2, 30, 9, 9, 3] * 4, 2000)

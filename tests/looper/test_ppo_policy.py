@@ -37,6 +37,14 @@ def test_no_dropout_acts_and_the_same_bits_come_with_and_without_gradient(dtype,
     assert first.dtype == torch.float32
 
 
+def test_only_the_layers_know_whether_it_trains():
+    policy = PolicyWithValue(make_model(), True)
+    layers = list(policy.policy.get_base_model().model.layers)
+    for mode in (True, False, True):
+        policy.train(mode)
+        assert [each.training for each in policy.modules()] == [mode and each in layers for each in policy.modules()]
+
+
 def test_gradient_checkpointing_recomputes_the_layers_and_changes_nothing():
     gradients, calls = [], []
     for checkpointing in (False, True):

@@ -53,6 +53,14 @@ def test_first_ratio_is_exactly_one_and_first_kl_zero(tmp_path, monkeypatch, kin
     assert recorder.batches[1]["kl"] > 0
 
 
+def test_updates_do_not_walk_through_the_modules(tmp_path, monkeypatch):
+    walks, walk = [], PolicyWithValue.train
+    monkeypatch.setattr(PolicyWithValue, "train", lambda policy, mode=True: walks.append(mode) or walk(policy, mode))
+    recorder = Recorder()
+    run(tmp_path / "run", model=make_model(), callbacks=[recorder])
+    assert len(recorder.norms) > 3 and walks == [True] * 2, "when it was made, and before the first update"
+
+
 def plain_whiten(rows):
     flat = np.concatenate(rows)
     return [(row - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8) for row in rows]

@@ -41,6 +41,19 @@ def test_a_model_is_switched_once_and_again_only_to_the_other_mode(model):
     assert model[0].switched == 4, "after the block the model walks again"
 
 
+def test_a_child_that_others_switched_is_switched_back():
+    """As an evaluation loop does with the model inside DistributedDataParallel, whose own flag stays."""
+    inner = nn.Sequential(Walked())
+    outer = nn.Sequential(inner)
+    with quick(outer):
+        outer.train()
+        inner.eval()
+        outer.train()
+        assert inner.training and inner[0].training and inner[0].switched == 3
+        outer.train()
+        assert inner[0].switched == 3
+
+
 def test_only_gradients_that_are_trained_are_forgotten(model):
     for each in model.parameters():
         each.grad = torch.ones_like(each)
