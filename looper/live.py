@@ -37,13 +37,15 @@ class _Bar(TrainerCallback):
 class LiveMetrics(TrainerCallback):
     """Writes every number that the trainer logs to `folder`, with the training tokens per second since the last log.
 
-    After a resume the folder starts with what the checkpoint's history holds, so the curves have no gap.
+    An update's numbers are written in the next one, while a GPU goes back through the layers: here it would wait. After a
+    resume the folder starts with what the checkpoint's history holds, so the curves have no gap.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.live = None
         self.since: tuple[float, float] | None = None  # (time, tokens) at the last log
+        self.kept: list[tuple[dict, int]] = []  # (logs, step), not written yet
 
     def on_train_begin(self, args, state, control, **kwargs):
         from dvclive import Live
@@ -66,11 +68,20 @@ class LiveMetrics(TrainerCallback):
                 logs.update(rate)
                 state.log_history[-1].update(rate)  # the Trainer has put a copy of `logs` there
             self.since = now, tokens
-        self._write(logs, state.global_step)
+        self.kept.append((dict(logs), state.global_step))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._write_kept()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._write_kept()
         if self.live is not None:
             self.live.end()
+
+    def _write_kept(self) -> None:
+        for logs, step in self.kept:
+            self._write(logs, step)
+        self.kept.clear()
 
     def _write(self, logs: dict, step: int) -> None:
         self.live.step = step

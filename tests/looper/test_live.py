@@ -55,12 +55,24 @@ def test_a_resumed_run_has_the_curves_of_one_that_was_not_killed(tmp_path, clock
     callback, state = start(tmp_path)
     for step in (1, 2, 3):
         log(callback, state, step, loss=4.0 - step, num_tokens=100 * step)
+        callback.on_pre_optimizer_step(None, state, TrainerControl())
     # killed; the checkpoint is of step 2, and TRL counts tokens from 0 again
     resumed, state = start(tmp_path, state.log_history[:2])
     for step in (3, 4):
         log(resumed, state, step, loss=4.0 - step, num_tokens=100 * (step - 2))
+    resumed.on_train_end(None, state, TrainerControl())
     assert table(tmp_path, "loss")[1] == [[1, 3.0], [2, 2.0], [3, 1.0], [4, 0.0]]
     assert table(tmp_path, "tokens_per_second")[1] == [[2, 50.0], [4, 50.0]], "that of step 2 comes from the checkpoint"
+
+
+def test_an_updates_numbers_are_written_in_the_next_one(tmp_path, clock):
+    callback, state = start(tmp_path)
+    for step in (1, 2, 3):
+        callback.on_pre_optimizer_step(None, state, TrainerControl())
+        log(callback, state, step, loss=float(step))
+        written = [[float(before), float(before)] for before in range(1, step)]
+        assert (table(tmp_path, "loss")[1] if written else []) == written
+    assert not callback.on_train_end(None, state, TrainerControl()) and table(tmp_path, "loss")[1][-1] == [3, 3]
 
 
 def test_only_the_first_process_writes(tmp_path, clock):
