@@ -21,7 +21,7 @@ from looper.packing import Rows
 # Times what a pass keeps for its way back. The memory that the graphs of all sizes share grows while these come in any
 # order, and the first time of each computes beside it: at the 8B shape, with weights of 16 GiB, 49 were reserved, not 29.
 ROOM = 4
-BOUND = 512  # tokens of a row: under a smaller one attention skips fewer empty blocks, and each bound has its graphs
+BOUND = 512  # tokens of a row, at least: a smaller bound saves attention a few empty blocks, and has graphs of its own
 
 @contextmanager
 def graphed_layers(model: nn.Module, checkpointing: bool) -> Iterator[None]:

@@ -47,8 +47,9 @@ class Batch(NamedTuple):
 
 
 class OfflinePPOTrainer(QuickUpdates, AveragesGradients, Trainer):
-    """PPO over stored responses. The policy as it comes in is the reference.
+    """PPO over stored responses. The policy as it comes in is the reference, whose log-probabilities are computed once.
 
+    The behaviour's come with the responses, and the critic's first values are one number, the mean reward.
     folder: where checkpoints and the reference's log-probabilities are kept; an untracked one, of this run alone.
     """
 
