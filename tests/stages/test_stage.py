@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,16 @@ def test_a_stage_that_is_called_for_what_is_not_there_says_so_at_once(name, argu
     code += f"\nassert not {HEAVY} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (2, error)
+
+
+@pytest.mark.parametrize(("environment", "end"), [({}, "at Python's end\n"), ({"DVC_STAGE": "score@1"}, "")])
+def test_a_stage_that_dvc_runs_ends_at_once_with_all_that_it_said(environment, end):
+    code = ("import atexit, sys; sys.argv = ['score']\nfrom looper.stage import run\n"
+            "atexit.register(print, \"at Python's end\")\n"
+            "def main():\n    print('said')\n    print('warned', end='', file=sys.stderr)\nrun(main, '')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PATH": "", **environment})
+    assert (done.returncode, done.stderr) == (0, "warned")
+    assert re.fullmatch(rf"said\nscore: 0\.\d s\n{end}", done.stdout)
 
 
 def test_base_and_prepare_alone_have_the_network():
