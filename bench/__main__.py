@@ -25,7 +25,7 @@ from bench.without import SPEEDUPS
 from looper.base_model import MANIFEST
 from looper.distributed import barrier, first_process_only, rank, start_processes, world
 from looper.params import load_params
-from looper.stage import HEAD_START, set_up_libraries
+from looper.stage import HEAD_START, leave, set_up_libraries
 
 if TYPE_CHECKING:
     from bench.workload import Setup
@@ -218,4 +218,7 @@ def machine(setup: "Setup | None") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "LOCAL_RANK" in os.environ:
+        leave(status)
+    sys.exit(status)

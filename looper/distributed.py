@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from looper.params import Model
+from looper.stage import leave
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +119,7 @@ def first_process_only() -> None:
     if group := _group():
         group.destroy_process_group()
     if os.environ.get("RANK", "0") != "0":
-        sys.exit(0)
+        leave()
 
 
 # ---- working as one: in a process that is alone, none of these costs or changes anything ----

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # Nothing leaves the host: no telemetry of any library, no experiment pushed anywhere.
 PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1", "DVC_STUDIO_OFFLINE": "true"}
@@ -77,11 +78,20 @@ def run(main: Callable[..., None], doc: str, network: bool = False, arguments: t
                      "makes new ones")
         sys.exit(_fail(text))
     print(f"{' '.join([name, *given])}: {time.perf_counter() - started:.1f} s", flush=True)
-    if "DVC_STAGE" in os.environ:
-        # All is stored, and DVC waits: with a GPU Python's own end, object by object, takes a second of every stage
-        sys.stderr.flush()
-        os._exit(0)
+    if {"DVC_STAGE", "LOCAL_RANK"} & set(os.environ):  # DVC waits for this process, or others work with it
+        leave()
     gc.freeze()  # the process ends here: looking through all that PyTorch loaded for garbage takes another second
+
+
+def leave(status: int = 0) -> NoReturn:
+    """Ends this process at once. All must be stored: Python's own end, object by object, is left out.
+
+    With a GPU that takes a second, and of a process that has worked with others it sometimes is an abort: a thread of
+    theirs asks for Python when there is none any more.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -197,8 +197,9 @@ def test_a_stage_that_is_called_for_what_is_not_there_says_so_at_once(name, argu
     assert (done.returncode, done.stderr) == (2, error)
 
 
-@pytest.mark.parametrize(("environment", "end"), [({}, "at Python's end\n"), ({"DVC_STAGE": "score@1"}, "")])
-def test_a_stage_that_dvc_runs_ends_at_once_with_all_that_it_said(environment, end):
+@pytest.mark.parametrize(("environment", "end"), [({}, "at Python's end\n"), ({"DVC_STAGE": "score@1"}, ""),
+                                                    ({"LOCAL_RANK": "0"}, "")])
+def test_a_stage_for_which_others_wait_ends_at_once_with_all_that_it_said(environment, end):
     code = ("import atexit, sys; sys.argv = ['score']\nfrom looper.stage import run\n"
             "atexit.register(print, \"at Python's end\")\n"
             "def main():\n    print('said')\n    print('warned', end='', file=sys.stderr)\nrun(main, '')")
