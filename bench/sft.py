@@ -205,7 +205,7 @@ def gates(setup: Setup, batch: int, own: Train, plain: tuple[Train, Train] | Non
         expected, other = map(first_update, plain)
         between = relative(other, expected)
         gradient = widened(gradient, between[1])
-        made = equality(found, f"1 x {batch}", expected, (loss, gradient), between, f"TRL {batch} x 1")
+        made = equality(f"1 x {batch}", relative(found, expected), (loss, gradient), between, f"TRL {batch} x 1")
     for name, train in slower.items():
-        made += equality(found, f"looper without {name}", first_update(train), (loss, gradient))
+        made += equality(f"looper without {name}", relative(found, first_update(train)), (loss, gradient))
     return made

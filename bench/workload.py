@@ -153,16 +153,15 @@ def widened(tolerance: float, between: float) -> float:
     return max(tolerance, min(OF_PLAIN * between, CEILING))
 
 
-def equality(found: Update, name: str, expected: Update, limits: Sequence[float], between: Sequence[float] = (),
-             ways: str = "") -> list[Gate]:
-    """The gates of loss and gradients against `name`'s; `limits` of both, relative.
+def equality(name: str, apart: Sequence[float], limits: Sequence[float], between: Sequence[float] = (), ways: str = "",
+             measure: str = "relative") -> list[Gate]:
+    """The gates of loss and gradients against `name`'s: how far `apart` both are, and `limits`.
 
-    between: how far two plain ways, which `ways` names, are from each other: said beside what was found.
+    between: how far apart two plain ways, which `ways` names, are: said beside what was found. measure: of the loss.
     """
-    loss, gradient = relative(found, expected)
     notes = [f" ({ways}: {each:.2e})" for each in between] or ["", ""]
-    return [Gate(f"loss against {name}, relative{notes[0]}", loss, limits[0]),
-            Gate(f"gradients against {name}, relative norm{notes[1]}", gradient, limits[1])]
+    return [Gate(f"loss against {name}, {measure}{notes[0]}", apart[0], limits[0]),
+            Gate(f"gradients against {name}, relative norm{notes[1]}", apart[1], limits[1])]
 
 
 def relative(found: Update, expected: Update) -> tuple[float, float]:

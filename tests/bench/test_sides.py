@@ -220,7 +220,7 @@ def test_the_ppo_gate_sees_another_loss(setup, monkeypatch, change):
     monkeypatch.setattr(ppo, "ours", lambda model, samples, settings, callbacks: right(
         model, samples, replace(settings, **change), callbacks))
     loss, _ = ppo.stage(setup, 8, ["b2"]).gates()
-    assert not loss.holds
+    assert not loss.holds and loss.found > ppo.TOLERANCE[torch.bfloat16][0]  # nor would it in bfloat16
 
 
 def test_the_plain_way_row_by_row_is_the_plain_way(setup):
