@@ -96,17 +96,15 @@ def generate_in_chunks(
 
     Called again, it reads the whole chunks and generates the others; a chunk that is damaged or was made for other
     requests or settings is generated anew. Each chunk has its own seed, so the result does not depend on
-    interruptions. The model is not part of a chunk's identity: key scratch_dir by what determines it. A chunk ends
-    with a shrinking batch, so it should be several times batch_size: unless chunk_size says otherwise, all are equal and of
-    4 times at most.
+    interruptions. The model is not part of a chunk's identity: key scratch_dir by what determines it. Unless chunk_size
+    says otherwise, `equal_chunks` chooses it.
 
     Several processes divide the chunks, which are what they are in one process, and each returns all completions. Fewer
     chunks than processes leave some of these idle: lower batch_size where one chunk holds all requests.
     """
     _check(model, requests, [max_new_tokens] * len(requests), batch_size)
     if chunk_size is None:
-        count = max(1, ceil(len(requests) / (4 * batch_size)))
-        chunk_size = max(1, ceil(len(requests) / count))  # equal, so that several processes have equal work
+        chunk_size = equal_chunks(len(requests), batch_size)
     if chunk_size < 1:
         raise ValueError(f"generate_in_chunks: chunk_size is {chunk_size}; it must be at least 1")
     chunks = [requests[start : start + chunk_size] for start in range(0, len(requests), chunk_size)]
@@ -129,6 +127,18 @@ def generate_in_chunks(
         for index, completions in made.items():
             finished[index] = completions
     return [completion for completions in finished for completion in completions]
+
+
+def equal_chunks(requests: int, batch_size: int) -> int:
+    """The size of the chunks, all equal so that several processes have equal work: 16 batches at most, and 4 where that
+    would leave fewer than 16 chunks.
+
+    A chunk ends with a shrinking batch, whose steps take a GPU nearly as long for few rows as for many: a sixth to a
+    third more time with 4 batches a chunk, a twentieth with 16 (LOG.md). But a kill loses a chunk, and several processes
+    need some each.
+    """
+    count = max(1, ceil(requests / (16 * batch_size)), min(16, ceil(requests / (4 * batch_size))))
+    return max(1, ceil(requests / count))
 
 
 def _check(model: PreTrainedModel, requests: Sequence[Request], limits: Sequence[int], batch_size: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from looper import generation
 from looper.decoding import Decoder
-from looper.generation import Completion, Request, generate, generate_in_chunks
+from looper.generation import Completion, Request, equal_chunks, generate, generate_in_chunks
 from tests.looper.generation_helpers import llama, make_prompts, settings, teacher_forced
 
 
@@ -43,9 +43,18 @@ def test_chunks_keep_the_order_and_hold_what_generate_gives(llama, tmp_path):
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=2e-5)
 
 
-def test_chunks_are_equal_and_of_four_batches_at_most(llama, tmp_path, count_runs):
+def test_chunks_are_equal(llama, tmp_path, count_runs):
     generate_in_chunks(llama, make_requests(), tmp_path, **settings(batch_size=1))  # 9 requests: 4, 4 and 1 would be unequal
     assert count_runs == [3, 3, 3]
+
+
+@pytest.mark.parametrize("requests, batch_size, size", [
+    (0, 8, 1), (1, 8, 1), (32, 8, 32), (33, 8, 17),  # 4 batches at most
+    (511, 8, 32), (513, 8, 33),  # 16 chunks of 4 batches, then larger ones
+    (2048, 8, 128), (2049, 8, 121),  # 16 batches at most: 17 chunks
+    (95_648, 16, 256), (23_912, 1024, 3986)])  # eight arms, twice, of all train questions; reference's targets
+def test_large_sets_have_larger_chunks(requests, batch_size, size):
+    assert equal_chunks(requests, batch_size) == size
 
 
 def test_each_chunk_has_samples_of_its_own(llama, tmp_path):
