@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from looper.distributed import rank
+
 ATTENTION = "looper_rows"
 IGNORED = -100  # the label of a position that is not learned
 # On a GPU a pass has a multiple of so many tokens, a large one of an eighth of the power of two below it: few sizes come
@@ -35,13 +37,16 @@ class Rows(NamedTuple):
     longest: int  # beside the lengths: a compiled layer reads it, and would be compiled anew for each other list
 
 
-def end_to_end(real: Tensor, passes: Sequence[Sequence[int]] = ()) -> tuple[Rows, Tensor]:
-    """Of right-padded rows, `real` [rows, length] true at their tokens: (`rows_of` them, their tokens' positions
-    [1, tokens])."""
-    positions = torch.arange(real.shape[1], device=real.device).expand_as(real)[real]
-    rows = rows_of(real.sum(1).tolist(), real.device, passes)
-    extra = torch.arange(sum(rows.lengths) - len(positions), device=real.device)
-    return rows, torch.cat([positions, extra])[None]
+def end_to_end(lengths: list[int], width: int, device: torch.device,
+               passes: Sequence[Sequence[int]] = ()) -> tuple[Rows, Tensor, Tensor]:
+    """Of right-padded rows [rows, width] with so many tokens: (`rows_of` them, their tokens' positions [1, tokens], the
+    tokens' places in the rows laid flat). From numbers that Python has: to look into a mask, it would wait for a GPU."""
+    rows = rows_of(lengths, device, passes)
+    positions = [torch.arange(length) for length in lengths]
+    places = [row * width + each for row, each in enumerate(positions)]
+    extra = torch.arange(sum(rows.lengths) - sum(lengths))
+    found = torch.cat([*positions, extra, *places]).to(device, non_blocking=True)
+    return rows, found[None, :sum(rows.lengths)], found[sum(rows.lengths):]
 
 
 def rows_of(lengths: list[int], device: torch.device, passes: Sequence[Sequence[int]] = ()) -> Rows:
@@ -56,7 +61,8 @@ def rows_of(lengths: list[int], device: torch.device, passes: Sequence[Sequence[
     if extra := filling(max(totals), device):
         size = max(totals) + extra
         lengths, longest = [*lengths, size - totals[0]], max(longest, size - min(totals))
-    return Rows(lengths, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device), longest)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Rows(lengths, starts.to(device, non_blocking=True), longest)
 
 
 def filling(tokens: int, device: torch.device) -> int:
@@ -130,26 +136,27 @@ def is_plain(causal: PreTrainedModel) -> bool:
 
 def _unpadded(forward: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
               passes: Sequence[Sequence[int]] = (), **inputs: Any) -> Any:
-    """`forward` of right-padded input_ids and labels [rows, length], their rows end to end; passes: see `rows_of`."""
-    real = attention_mask.bool()
-    rows, positions = end_to_end(real, passes)
-    first = torch.zeros_like(real)
-    first[:, 0] = True  # nothing of its row precedes it: the row before must not be trained to say it
-    ids, following = input_ids[real], labels.masked_fill(first, IGNORED)[real]
+    """`forward` of right-padded input_ids and labels [rows, length], their rows end to end.
+
+    passes: the lengths of every process's rows, as `rows_of` takes them; without them the mask is asked.
+    """
+    lengths = list(passes[rank()]) if passes else attention_mask.sum(1).tolist()
+    rows, positions, places = end_to_end(lengths, input_ids.shape[1], input_ids.device, passes)
+    ids, following = input_ids.flatten()[places], labels.flatten()[places]
     extra = positions.shape[1] - len(ids)
-    return forward(input_ids=F.pad(ids, (0, extra))[None], position_ids=positions, rows=rows,
-                   labels=F.pad(following, (0, extra), value=IGNORED)[None], **inputs)
+    # Nothing of its row precedes a first token: the row before must not be trained to say it
+    following = F.pad(following, (0, extra), value=IGNORED)[None].masked_fill(positions == 0, IGNORED)
+    return forward(input_ids=F.pad(ids, (0, extra))[None], position_ids=positions, rows=rows, labels=following, **inputs)
 
 
 def _scores(causal: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor,
             **_: Any) -> SimpleNamespace:
     """What TRL's head returns, of right-padded input_ids and labels [rows, length]; each value [labelled positions]."""
-    real = attention_mask.bool()
-    rows, positions = end_to_end(real)
-    hidden = causal.base_model(input_ids=input_ids[real][None], position_ids=positions, use_cache=False,
+    rows, positions, places = end_to_end(attention_mask.sum(1).tolist(), input_ids.shape[1], input_ids.device)
+    hidden = causal.base_model(input_ids=input_ids.flatten()[places][None], position_ids=positions, use_cache=False,
                                rows=rows).last_hidden_state[0]
     # A position's label is the next token of its row
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)[real]
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()[places]
     labelled = following != IGNORED
     weight = causal.get_output_embeddings().weight
     log_probs, entropy, is_top1 = Head.apply(hidden[labelled], weight, following[labelled])

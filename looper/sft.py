@@ -17,6 +17,7 @@ from trl import SFTTrainer as TRLTrainer
 from looper.determinism import deterministic
 from looper.distributed import AveragesGradients, dealt, rank, undivided, world
 from looper.graphs import graphed_layers
+from looper.late_logs import LateLogs
 from looper.layers import compiled_layers
 from looper.live import LiveMetrics, show_progress
 from looper.lora import compute_in_base_precision
@@ -29,15 +30,16 @@ from looper.quick_updates import QuickUpdates
 from looper.scratch import last_checkpoint
 
 
-class SFTTrainer(QuickUpdates, AveragesGradients, TRLTrainer):
+class SFTTrainer(LateLogs, QuickUpdates, AveragesGradients, TRLTrainer):
     """TRL's, in which several processes divide the rows of each pass; TRL takes the mean over all processes' tokens."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer would look through all modules at every pass to count them, and nobody reads it
 
     def get_train_dataloader(self) -> DataLoader:
-        if world() > 1:
-            self.data_collator = partial(_collate_share, self.data_collator, is_plain(self.model.get_base_model()))
+        unpadded = is_plain(self.model.get_base_model())
+        if world() > 1 or (unpadded and not self.args.use_cpu):
+            self.data_collator = partial(_collate_share, self.data_collator, unpadded)
         return undivided(super().get_train_dataloader())
 
 
@@ -45,7 +47,7 @@ def _collate_share(collate: Callable[[list[dict]], dict[str, Any]], unpadded: bo
     """This process's rows of a pass. One that has none takes two tokens with nothing to learn: its zeros belong to the
     gradients' mean, for which the others wait.
 
-    unpadded: whether looper.packing takes the pass, and so wants to know every process's.
+    unpadded: whether looper.packing takes the pass, and so wants to know the lengths of every process's rows.
     """
     blank = {name: values[:2] for name, values in rows[0].items()} | {"labels": [IGNORED] * 2}
     parts = [part or [blank] for part in dealt(rows, tokens)]
@@ -88,6 +90,7 @@ def finetune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templat
         data_seed=sft.seed,
         report_to="none",
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # else each batch's way to the GPU waits for all it was given before
         ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in sight of one process must not turn into DataParallel

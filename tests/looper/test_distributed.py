@@ -198,7 +198,8 @@ def test_halves_train_alike_in_all_processes(made, task):
 @pytest.mark.slow
 def test_every_process_knows_the_rows_of_all_in_each_pass_of_fine_tuning(made):
     alone, (one, other) = made[0]["passes"], (each["passes"] for each in made[1])
-    assert alone and set(alone) == {None}, "alone there is nothing to know"
+    # Alone there is nothing to know, but that to ask a GPU for its rows' lengths would be to wait for it
+    assert alone and all(passes is None or len(passes) == 1 for passes in alone)
     assert one == other and all(len(passes) == 2 for passes in one)
     # Passes of four rows, two a process; the last update of an epoch has five: four and one, for which the other has two tokens
     assert [[len(part) for part in passes] for passes in one] == 2 * [*[[2, 2]] * 5, [1, 1]]

@@ -185,3 +185,15 @@ def test_filling_changes_no_log_probability_of_ppo():
     with torch.no_grad():
         for one, other in zip(policy(tokens), policy(plain), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_rows_are_laid_end_to_end_without_waiting_for_it():
+    ids = torch.arange(6, device="cuda").view(2, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        given = packing._unpadded(lambda **inputs: inputs, ids, torch.ones_like(ids), ids, passes=[[3, 2]])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert given["input_ids"][0, :5].tolist() == [0, 1, 2, 3, 4] and given["rows"].lengths[:2] == [3, 2]
