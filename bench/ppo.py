@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from bench.measure import Gate, Pass, Side, Stage, timed
 from bench.without import switched_off, variants
-from bench.workload import (Setup, Update, equality, gradients, lengths, load, random_ids, relative_error, seed_adapter,
-                            widened, with_adapter, with_either_attention)
+from bench.workload import (CEILING, Setup, Update, equality, gradients, lengths, load, random_ids, relative_error,
+                            seed_adapter, widened, with_adapter, with_either_attention)
 from looper import ppo_math
 from looper.ppo import PPOSample, train_ppo
 from looper.ppo_data import COMPONENTS, collate, padded, plan_steps
@@ -30,8 +30,9 @@ from looper.ppo_settings import PPOSettings
 SETTINGS = PPOSettings(save_steps=10**9)  # the defaults: platinum's, without checkpointing
 B1_ROWS = 16
 # Of the loss, whose unit is an advantage, and of the gradients, in norm. bfloat16 keeps 8 bits, and a full row of logits is
-# rounded to them.
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2**-8, 5e-2)}
+# rounded to them; of a mean of hundreds of terms, errors of either sign leave less.
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2**-9, 5e-2)}
+CEILINGS = 2**-6, CEILING  # no gate is wider
 MEASURE = "in advantages"
 
 
@@ -221,8 +222,10 @@ def _first(updates: Sequence[Update]) -> Update:
 def apart(found: Update, expected: Update) -> tuple[float, float]:
     """How far `found`'s loss is from `expected`'s, and its gradients relative to these.
 
-    The loss is a mean of terms as large as the advantages, which whitening makes 1, and they cancel to some hundredths:
-    what rounding does to it is in proportion to the terms, not to what is left of them.
+    The loss is a mean of terms as large as the advantages, which whitening makes 1, and they cancel to some hundredths
+    (the value loss beside them is smaller still): what rounding does to it is in proportion to the terms, not to what is
+    left of them. In bfloat16 it sees wrong advantages and steps that are too large; that a step is missing, or another
+    value loss, only float32 shows.
     """
     return abs(found.loss - expected.loss), relative_error(found.gradients, expected.gradients)
 
@@ -245,7 +248,7 @@ def gates(setup: Setup, own: PeftModel, policy: PeftModel | None, slower: Mappin
         expected, other = (_first(plain(seed_adapter(policy), None, samples, settings, by_row=by_row))
                            for by_row in (False, True))
         between = apart(other, expected)
-        limits = list(map(widened, TOLERANCE[setup.dtype], between))
+        limits = list(map(widened, TOLERANCE[setup.dtype], between, CEILINGS))
         made = equality("the padded reference", apart(found, expected), limits, between, "row by row", MEASURE)
     for name, model in slower.items():
         made += equality(f"looper without {name}", apart(found, first_batch(model, switched_off(name)(ours))),

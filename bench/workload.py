@@ -148,9 +148,9 @@ OF_PLAIN = 1.5
 CEILING = 0.3
 
 
-def widened(tolerance: float, between: float) -> float:
+def widened(tolerance: float, between: float, ceiling: float = CEILING) -> float:
     """The limit of a gate: `tolerance`, or what two plain ways that are `between` apart allow."""
-    return max(tolerance, min(OF_PLAIN * between, CEILING))
+    return max(tolerance, min(OF_PLAIN * between, ceiling))
 
 
 def equality(name: str, apart: Sequence[float], limits: Sequence[float], between: Sequence[float] = (), ways: str = "",

@@ -130,15 +130,16 @@ def generate_in_chunks(
 
 
 def equal_chunks(requests: int, batch_size: int) -> int:
-    """The size of the chunks, all equal so that several processes have equal work: 16 batches at most, and 4 where that
-    would leave fewer than 16 chunks.
+    """The size of the chunks, nearly equal so that several processes have equal work: at most 4 batches up to 16 chunks,
+    then 16 chunks or a multiple, of 16 batches at most.
 
     A chunk ends with a shrinking batch, whose steps take a GPU nearly as long for few rows as for many: a sixth to a
     third more time with 4 batches a chunk, a twentieth with 16 (LOG.md). But a kill loses a chunk, and several processes
     need some each.
     """
-    count = max(1, ceil(requests / (16 * batch_size)), min(16, ceil(requests / (4 * batch_size))))
-    return max(1, ceil(requests / count))
+    few = ceil(requests / (4 * batch_size))
+    count = few if few < 16 else 16 * ceil(requests / (16 * 16 * batch_size))
+    return max(1, ceil(requests / max(1, count)))
 
 
 def _check(model: PreTrainedModel, requests: Sequence[Request], limits: Sequence[int], batch_size: int) -> None:

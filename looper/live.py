@@ -44,7 +44,8 @@ class LiveMetrics(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder = folder
         self.live = None
-        self.since: tuple[float, float] | None = None  # (time, tokens) at the last log
+        self.ended = 0.0  # when the last update did: looper.late_logs has its figures logged later, and not always alike
+        self.since: tuple[float, float] | None = None  # (that time, tokens) of the last update that was logged
         self.kept: list[tuple[dict, int]] = []  # (logs, step), not written yet
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -58,16 +59,19 @@ class LiveMetrics(TrainerCallback):
             self._write(entry, entry["step"])
         self.since = None
 
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ended = time.perf_counter()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.live is None:
             return
-        now, tokens = time.perf_counter(), logs.get("num_tokens")
+        tokens = logs.get("num_tokens")
         if tokens is not None:
             if self.since:
-                rate = {"tokens_per_second": (tokens - self.since[1]) / (now - self.since[0])}
+                rate = {"tokens_per_second": (tokens - self.since[1]) / (self.ended - self.since[0])}
                 logs.update(rate)
                 state.log_history[-1].update(rate)  # the Trainer has put a copy of `logs` there
-            self.since = now, tokens
+            self.since = self.ended, tokens
         self.kept.append((dict(logs), state.global_step))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -45,7 +45,7 @@ def end_to_end(lengths: list[int], width: int, device: torch.device,
     positions = [torch.arange(length) for length in lengths]
     places = [row * width + each for row, each in enumerate(positions)]
     extra = torch.arange(sum(rows.lengths) - sum(lengths))
-    found = torch.cat([*positions, extra, *places]).to(device, non_blocking=True)
+    found = _sent(torch.cat([*positions, extra, *places]), device)
     return rows, found[None, :sum(rows.lengths)], found[sum(rows.lengths):]
 
 
@@ -61,8 +61,12 @@ def rows_of(lengths: list[int], device: torch.device, passes: Sequence[Sequence[
     if extra := filling(max(totals), device):
         size = max(totals) + extra
         lengths, longest = [*lengths, size - totals[0]], max(longest, size - min(totals))
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Rows(lengths, starts.to(device, non_blocking=True), longest)
+    return Rows(lengths, _sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device), longest)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A processor's tensor on the device. Of pinned memory, or the way to a GPU may wait for what it has to do before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def filling(tokens: int, device: torch.device) -> int:

@@ -196,10 +196,11 @@ def test_halves_train_alike_in_all_processes(made, task):
 
 
 @pytest.mark.slow
-def test_every_process_knows_the_rows_of_all_in_each_pass_of_fine_tuning(made):
+def test_every_process_knows_the_rows_of_all_in_each_pass_of_fine_tuning(made, request):
     alone, (one, other) = made[0]["passes"], (each["passes"] for each in made[1])
     # Alone there is nothing to know, but that to ask a GPU for its rows' lengths would be to wait for it
-    assert alone and all(passes is None or len(passes) == 1 for passes in alone)
+    on_gpu = request.node.callspec.params["made"] == "cuda"
+    assert alone and (all(len(passes) == 1 for passes in alone) if on_gpu else set(alone) == {None})
     assert one == other and all(len(passes) == 2 for passes in one)
     # Passes of four rows, two a process; the last update of an epoch has five: four and one, for which the other has two tokens
     assert [[len(part) for part in passes] for passes in one] == 2 * [*[[2, 2]] * 5, [1, 1]]

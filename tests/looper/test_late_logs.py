@@ -1,11 +1,12 @@
 """An update's figures, read while the next one is under way: the same ones, and none is lost or stored too late."""
 
 import pytest
+import torch
 from tiny import tiny_model, tiny_rows, tiny_sft
 from transformers import TrainerCallback
 
 from looper import sft
-from looper.late_logs import LateLogs
+from looper.late_logs import Figures, LateLogs
 from looper.prompts import TEMPLATES
 
 
@@ -67,15 +68,45 @@ def test_an_update_is_logged_in_the_next_one_and_before_it_is_stored(train):
     assert watch.stored == [(4, [1, 2, 3, 4]), (6, [1, 2, 3, 4, 5, 6])]
 
 
-def test_a_loss_that_is_not_finite_is_never_stored(train, tmp_path, monkeypatch):
-    """Its update ends in the very step that stores a checkpoint."""
+@pytest.mark.parametrize("update", [3, 4])  # the fourth ends in the very step that stores a checkpoint
+def test_a_loss_that_is_not_finite_is_never_stored(train, tmp_path, monkeypatch, update):
     real = sft.TRLTrainer.training_step
 
     def training_step(self, *given, **named):
         loss = real(self, *given, **named)
-        return loss * float("nan") if self.state.global_step == 3 else loss
+        return loss * float("nan") if self.state.global_step == update - 1 else loss
 
     monkeypatch.setattr(sft.TRLTrainer, "training_step", training_step)
-    with pytest.raises(ValueError, match="the loss of update 4 is nan"):
+    with pytest.raises(ValueError, match=f"the loss of update {update} is nan"):
         train(sft.SFTTrainer)
     assert not list((tmp_path / "SFTTrainer").rglob("checkpoint-*"))
+
+
+def test_figures_are_read_when_they_have_arrived():
+    class Event:
+        def synchronize(self):
+            numbers.copy_(torch.tensor([6.0, 0.5]))
+
+    class Trainer(LateLogs):
+        _total_loss_scalar, _metrics = 1.0, {"train": {"entropy": ["next"]}}
+
+        def log(self, logs):
+            self.logged = logs, self._metrics["train"]
+
+    numbers, trainer = torch.zeros(2), Trainer()
+    trainer._figures = Figures(numbers, 2, 0.1, {"entropy": ["this"]}, Event())
+    trainer._log_figures()
+    assert trainer.logged == ({"loss": 3.0, "grad_norm": 0.5, "learning_rate": 0.1}, {"entropy": ["this"]})
+    assert trainer._total_loss_scalar == 7.0 and trainer._metrics["train"] == {"entropy": ["next"]}
+    trainer._log_figures()
+    assert trainer._total_loss_scalar == 7.0, "each is logged once"
+
+
+def test_a_gpu_is_not_asked_for_the_lengths_of_rows(train):
+    """On a processor the mask is: that costs nothing."""
+    trainer, _ = train(sft.SFTTrainer)
+    (batch, *_) = trainer.get_train_dataloader()
+    assert "passes" not in batch
+    trainer.args.use_cpu = False
+    (batch, *_) = trainer.get_train_dataloader()
+    assert batch["passes"] == [batch["attention_mask"].sum(1).tolist()]

@@ -20,6 +20,7 @@ def clock(monkeypatch):
 def log(callback, state, step, **logs):
     """As the Trainer logs: a copy into the history, then the callbacks."""
     state.global_step = step
+    callback.on_step_end(None, state, TrainerControl())
     state.log_history.append({**logs, "step": step})
     callback.on_log(None, state, TrainerControl(), logs=logs)
 
@@ -73,6 +74,17 @@ def test_an_updates_numbers_are_written_in_the_next_one(tmp_path, clock):
         written = [[float(before), float(before)] for before in range(1, step)]
         assert (table(tmp_path, "loss")[1] if written else []) == written
     assert not callback.on_train_end(None, state, TrainerControl()) and table(tmp_path, "loss")[1][-1] == [3, 3]
+
+
+def test_the_rate_is_of_the_updates_whenever_they_are_logged(tmp_path, clock):
+    callback, state = start(tmp_path)
+    log(callback, state, 1, loss=1.0, num_tokens=100)
+    callback.on_step_end(None, state, TrainerControl())  # two seconds after the first
+    live.time.perf_counter()  # the next update's pass goes by before it is logged
+    state.global_step = 2
+    state.log_history.append({"step": 2})
+    callback.on_log(None, state, TrainerControl(), logs={"loss": 1.0, "num_tokens": 500})
+    assert state.log_history[-1]["tokens_per_second"] == 200.0
 
 
 def test_only_the_first_process_writes(tmp_path, clock):

@@ -1,5 +1,6 @@
 """What fine-tuning on a processor computes without padding is what the plain way computes, gradients included."""
 
+import time
 from contextlib import nullcontext
 from itertools import accumulate
 
@@ -175,6 +176,13 @@ def test_a_pass_of_fine_tuning_knows_the_others(filled):
     assert given["rows"].lengths == [3, 3, 250] and given["input_ids"].shape == (1, 256) and "passes" not in given
 
 
+def test_a_pass_of_fine_tuning_is_of_this_processs_rows(filled, monkeypatch):
+    monkeypatch.setattr(packing, "rank", lambda: 1)
+    ids = torch.arange(6).view(2, 3)
+    given = packing._unpadded(lambda **inputs: inputs, ids, torch.ones(2, 3), ids, passes=[[100], [3, 2]])
+    assert given["rows"].lengths[:2] == [3, 2] and given["input_ids"][0, :6].tolist() == [0, 1, 2, 3, 4, 0]
+
+
 def test_filling_changes_no_log_probability_of_ppo():
     policy, samples = PolicyWithValue(make_model(), gradient_checkpointing=False), make_samples(5)
     plain = ppo_data.collate(samples, torch.device("cpu"))
@@ -190,10 +198,11 @@ def test_filling_changes_no_log_probability_of_ppo():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_gpu_rows_are_laid_end_to_end_without_waiting_for_it():
-    ids = torch.arange(6, device="cuda").view(2, 3)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        given = packing._unpadded(lambda **inputs: inputs, ids, torch.ones_like(ids), ids, passes=[[3, 2]])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert given["input_ids"][0, :5].tolist() == [0, 1, 2, 3, 4] and given["rows"].lengths[:2] == [3, 2]
+    ids = torch.arange(2 * 8192, device="cuda").view(2, 8192)
+    for cycles in (1, 4_000_000_000):  # the first allocates; then the GPU is busy for two seconds
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        begun = time.perf_counter()
+        given = packing._unpadded(lambda **inputs: inputs, ids, torch.ones_like(ids), ids, passes=[[8192, 8000]])
+        took = time.perf_counter() - begun
+    assert took < 0.5 and given["input_ids"][0, [0, 8191, 8192]].tolist() == [0, 8191, 8192]
