@@ -16,15 +16,15 @@ from looper.distributed import total, world
 class Figures(NamedTuple):
     """What an update leaves to be logged."""
 
-    numbers: Tensor  # the loss, summed over `updates`, and the gradient norm: [2], on the way from the device
-    updates: int
+    numbers: Tensor  # loss and gradient norm: [2], on the way from the device
     learning_rate: float
     metrics: dict[str, list[float]]  # TRL's
     arrived: torch.cuda.Event | None  # after which the numbers may be read; on a processor they may be at once
 
 
 class LateLogs:
-    """Of TRL's SFTTrainer, before its own class. Before a checkpoint is stored, all is logged."""
+    """Of a TRL SFTTrainer that logs every update, before its own class. Before a checkpoint is stored, and one is at the
+    end, all is logged."""
 
     _figures: Figures | None = None
 
@@ -35,15 +35,14 @@ class LateLogs:
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *given: Any,
                                  learning_rate: float | None = None, **named: Any) -> None:
-        updates = self.state.global_step - self._globalstep_last_logged
-        if self.control.should_log and updates:
-            self._take_figures(tr_loss, grad_norm, updates, learning_rate)
+        if self.control.should_log:
+            self._take_figures(tr_loss, grad_norm, learning_rate)
             self.control.should_log = False
-        if self.control.should_save:  # at the last update too
+        if self.control.should_save:
             self._log_figures()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *given, learning_rate=learning_rate, **named)
 
-    def _take_figures(self, tr_loss: Tensor, grad_norm: Tensor | float, updates: int, learning_rate: float) -> None:
+    def _take_figures(self, tr_loss: Tensor, grad_norm: Tensor | float, learning_rate: float) -> None:
         norm = torch.as_tensor(grad_norm, dtype=tr_loss.dtype, device=tr_loss.device)
         loss = total(tr_loss.detach().clone()) / world()
         numbers, arrived = torch.stack([loss, norm]).to("cpu", non_blocking=True), None
@@ -51,9 +50,8 @@ class LateLogs:
             arrived = torch.cuda.Event()
             arrived.record()
         tr_loss.zero_()
-        self._figures = Figures(numbers, updates, learning_rate, self._metrics["train"], arrived)
+        self._figures = Figures(numbers, learning_rate, self._metrics["train"], arrived)
         self._metrics["train"] = defaultdict(list)
-        self._globalstep_last_logged = self.state.global_step
 
     def _log_figures(self) -> None:
         if (figures := self._figures) is None:
@@ -64,5 +62,5 @@ class LateLogs:
         loss, norm = figures.numbers.tolist()
         self._total_loss_scalar += loss
         following, self._metrics["train"] = self._metrics["train"], figures.metrics
-        self.log({"loss": loss / figures.updates, "grad_norm": norm, "learning_rate": figures.learning_rate})
+        self.log({"loss": loss, "grad_norm": norm, "learning_rate": figures.learning_rate})
         self._metrics["train"] = following

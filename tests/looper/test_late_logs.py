@@ -94,9 +94,9 @@ def test_figures_are_read_when_they_have_arrived():
             self.logged = logs, self._metrics["train"]
 
     numbers, trainer = torch.zeros(2), Trainer()
-    trainer._figures = Figures(numbers, 2, 0.1, {"entropy": ["this"]}, Event())
+    trainer._figures = Figures(numbers, 0.1, {"entropy": ["this"]}, Event())
     trainer._log_figures()
-    assert trainer.logged == ({"loss": 3.0, "grad_norm": 0.5, "learning_rate": 0.1}, {"entropy": ["this"]})
+    assert trainer.logged == ({"loss": 6.0, "grad_norm": 0.5, "learning_rate": 0.1}, {"entropy": ["this"]})
     assert trainer._total_loss_scalar == 7.0 and trainer._metrics["train"] == {"entropy": ["next"]}
     trainer._log_figures()
     assert trainer._total_loss_scalar == 7.0, "each is logged once"
